@@ -1,0 +1,122 @@
+"""What a user may choose, checked when it is made. Plain values: no torch, no onnx."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from bivlm_edge.errors import RequestError
+
+Method = Literal["bivlm-edge", "bivlm-paper", "gptq", "rtn", "nbits4", "none"]
+PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
+Fallback = Literal["nbits", "dense", "none"]
+Dtype = Literal["fp32", "fp16"]
+
+METHODS: tuple[str, ...] = get_args(Method)
+PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
+FALLBACKS: tuple[str, ...] = get_args(Fallback)
+DTYPES: tuple[str, ...] = get_args(Dtype)
+OPSETS = (21, 22, 23)
+MIN_BITS, MAX_BITS = 1.0, 4.0
+AFFINE_BITS = (2.0, 4.0, 8.0)
+
+
+def _require_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        accepted = ", ".join(str(choice) for choice in choices)
+        raise RequestError(f"{option} {value!r} is not known. Accepted: {accepted}.")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantConfig:
+    """How the linear layers are quantized.
+
+    Attributes:
+        method: One of METHODS. `none` keeps float weights.
+        bits: True bits per weight over all quantized layers for `bivlm-edge` (1.0 to 4.0), code
+            bits for `gptq` and `rtn` (2, 4 or 8); the other methods have their own and ignore it.
+        seed: Seed of the Hadamard signs and of everything else that is drawn.
+        calibration_samples: Image and prompt pairs that calibrate the Hessians.
+        n_uns: `bivlm-paper`: number of unsalient groups.
+    """
+
+    method: Method = "bivlm-edge"
+    bits: float = 2.0
+    seed: int = 0
+    calibration_samples: int = 512
+    n_uns: int = 5
+
+    def __post_init__(self) -> None:
+        _require_choice("--method", self.method, METHODS)
+        if self.method == "bivlm-edge" and not MIN_BITS <= self.bits <= MAX_BITS:
+            raise RequestError(
+                f"--bits {self.bits:g} is outside {MIN_BITS:g} to {MAX_BITS:g}: every weight has "
+                "at least one sign bit plus its share of the scales. Choose a value in that range."
+            )
+        if self.method in ("gptq", "rtn") and self.bits not in AFFINE_BITS:
+            raise RequestError(
+                f"--bits {self.bits:g} does not go with --method {self.method}, which stores whole "
+                "codes of 2, 4 or 8 bits. Choose one of these, or --method bivlm-edge."
+            )
+        if self.calibration_samples < 1:
+            raise RequestError(
+                f"calibration needs at least one sample, got {self.calibration_samples}."
+            )
+        if not 1 <= self.n_uns <= 6:
+            raise RequestError(f"n_uns {self.n_uns} is outside 1 to 6.")
+
+
+@dataclass(frozen=True, slots=True)
+class PruneConfig:
+    """Which image tokens reach the decoder.
+
+    Attributes:
+        mode: One of PRUNE_MODES.
+        keep_ratio: Fraction of each image's tokens that is kept, 0 < ratio <= 1; 1 keeps all and
+            puts no TokenPrune into the graph.
+        theta: `mmr`: weight of the score against similarity.
+        seed: `random` only.
+    """
+
+    mode: PruneMode = "mmr"
+    keep_ratio: float = 1.0
+    theta: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_choice("--prune-mode", self.mode, PRUNE_MODES)
+        if not 0.0 < self.keep_ratio <= 1.0:
+            raise RequestError(
+                f"--keep-tokens {self.keep_ratio:g} is not a fraction in (0, 1]. "
+                "0.25 keeps a quarter of the image tokens."
+            )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the graph gets a TokenPrune node."""
+        return self.keep_ratio < 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """Everything that shapes the exported file; stored in the manifest."""
+
+    quant: QuantConfig = QuantConfig()
+    prune: PruneConfig = PruneConfig()
+    dtype: Dtype = "fp32"
+    fallback: Fallback = "nbits"
+    opset: int = 23
+
+    def __post_init__(self) -> None:
+        _require_choice("--dtype", self.dtype, DTYPES)
+        _require_choice("--fallback", self.fallback, FALLBACKS)
+        _require_choice("--opset", self.opset, OPSETS)
+        if self.prune.is_active and self.prune.mode == "random" and self.fallback != "none":
+            raise RequestError(
+                "--prune-mode random has no form in standard operators. "
+                "Add --fallback none (the file then needs the operator library), or another mode."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for the manifest."""
+        return asdict(self)

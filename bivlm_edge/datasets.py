@@ -1,0 +1,265 @@
+"""Question-answering data on images: easy-VQA read out of its wheel, and users' own JSON lines.
+
+Imports neither torch nor transformers: the same loaders run on a device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from PIL import Image
+
+from bivlm_edge.errors import DataError
+from bivlm_edge.pictures import open_picture
+
+EASY_VQA_VARIABLE = "BIVLM_EASY_VQA"
+EASY_VQA_WHEEL = "easy_vqa-1.0-py3-none-any.whl"
+EASY_VQA_REQUIREMENT = "easy-vqa==1.0"
+EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
+_WHEEL_DATA = "easy_vqa/data"
+_FETCH_TIMEOUT_S = 600
+
+Split = Literal["train", "test"]
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+OPEN_ENDED_KINDS = frozenset({"color", "shape"})
+
+
+@lru_cache(maxsize=2)
+def _archive(path: Path) -> zipfile.ZipFile:
+    """The open archive at `path`; reading thousands of members must not reopen it each time."""
+    return zipfile.ZipFile(path)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """Where the bytes of one image lie: a file, or a member of a zip archive.
+
+    Attributes:
+        path: The image file, or the archive.
+        member: Name inside the archive; None if `path` is the image itself.
+    """
+
+    path: Path
+    member: str | None = None
+
+    def open(self) -> Image.Image:
+        """Return the decoded image in RGB, as `bivlm-run` would see it.
+
+        Raises:
+            DataError: the bytes are missing or no image.
+        """
+        if self.member is None:
+            return open_picture(self.path)
+        try:
+            data = _archive(self.path).read(self.member)
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{self} cannot be read: {error}. Get the archive anew.") from error
+        return open_picture(io.BytesIO(data), str(self))
+
+    def __str__(self) -> str:
+        return str(self.path) if self.member is None else f"{self.path}!{self.member}"
+
+
+@dataclass(frozen=True, slots=True)
+class VqaItem:
+    """One question on one image, with its answer.
+
+    Attributes:
+        image: The image's bytes; several items share one source.
+        question: As a user would type it.
+        answer: The expected answer.
+        kind: "yes_no", "color", "shape" or "other". Color and shape are the open-ended ones.
+    """
+
+    image: ImageSource
+    question: str
+    answer: str
+    kind: str
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether the answer is one of many words, and guessing it is hard."""
+        return self.kind in OPEN_ENDED_KINDS
+
+
+def question_kind(answer: str) -> str:
+    """The kind of a question, told from its answer: "yes_no", "color", "shape" or "other"."""
+    if answer in ("yes", "no"):
+        return "yes_no"
+    if answer in COLORS:
+        return "color"
+    return "shape" if answer in SHAPES else "other"
+
+
+def load_easy_vqa(split: Split) -> list[VqaItem]:
+    """The questions of one split of easy-VQA, in the order of its questions.json.
+
+    Read from where BIVLM_EASY_VQA points (an unzipped `easy_vqa/data` folder or the wheel), else
+    from the wheel in the cache, else fetched from the package index into the cache. The wheel is
+    never installed, as it carries a top-level package named `test`.
+
+    Raises:
+        DataError: the split is unknown, or the data are missing, damaged or cannot be fetched.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"easy-VQA has no split '{split}'. Use 'train' or 'test'.")
+    location = _locate_easy_vqa()
+    if location.is_dir():
+        origin = location / split / "questions.json"
+        text = _read_text(origin)
+        prefix = None
+    else:
+        prefix = f"{_WHEEL_DATA}/{split}"
+        origin = location / f"{prefix}/questions.json"
+        try:
+            text = _archive(location).read(f"{prefix}/questions.json").decode("utf-8")
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"{location} is not the easy-VQA wheel: {error}. Set {EASY_VQA_VARIABLE} to "
+                f"{EASY_VQA_WHEEL} or to its unzipped easy_vqa/data folder."
+            ) from error
+    try:
+        rows = json.loads(text)
+        items = []
+        for question, answer, index in rows:
+            name = f"images/{int(index)}.png"
+            source = (
+                ImageSource(location / split / name)
+                if prefix is None
+                else ImageSource(location, f"{prefix}/{name}")
+            )
+            items.append(VqaItem(source, str(question), str(answer), question_kind(answer)))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{origin} is not a list of [question, answer, image number]: {error}. "
+            f"Get {EASY_VQA_REQUIREMENT} anew."
+        ) from error
+    return items
+
+
+def load_jsonl(path: Path | str) -> list[VqaItem]:
+    """The questions of a file with one `{"image", "question", "answer"}` object per line.
+
+    Image paths are relative to the file's folder. Empty lines are skipped.
+
+    Raises:
+        DataError: the file is missing or empty, or a line is wrong; names file and line.
+    """
+    path = Path(path)
+    items = [
+        _parse_line(line, path, number)
+        for number, line in enumerate(_read_text(path).splitlines(), start=1)
+        if line.strip()
+    ]
+    if not items:
+        raise DataError(
+            f"{path} holds no questions. Write one JSON object per line: "
+            '{"image": "cat.png", "question": "what is this?", "answer": "cat"}'
+        )
+    return items
+
+
+class _Fields(NamedTuple):
+    image: str
+    question: str
+    answer: str
+
+
+def _parse_line(line: str, path: Path, number: int) -> VqaItem:
+    """One line of `path` as an item; `number` counts from 1."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(
+            f"{path}:{number} is not JSON: {error}. Write one object per line."
+        ) from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}:{number} is {type(record).__name__}, expected a JSON object.")
+    for name in _Fields._fields:
+        value = record.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{path}:{number} has {name!r} = {value!r}, expected a text that is not empty. "
+                f"Each line needs {', '.join(map(repr, _Fields._fields))}."
+            )
+    fields = _Fields(**{name: record[name] for name in _Fields._fields})
+    image = path.parent / fields.image
+    if not image.is_file():
+        raise DataError(
+            f"{path}:{number} names the image '{fields.image}', but {image} does not exist. "
+            "Image paths are relative to the folder of the JSON lines file."
+        )
+    return VqaItem(ImageSource(image), fields.question, fields.answer, question_kind(fields.answer))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}. Give an existing UTF-8 text file."
+        ) from error
+
+
+def _locate_easy_vqa() -> Path:
+    """The data folder or the wheel; fetches the wheel if there is neither."""
+    given = os.environ.get(EASY_VQA_VARIABLE)
+    if given:
+        location = Path(given).expanduser()
+        if not location.exists():
+            raise DataError(
+                f"{EASY_VQA_VARIABLE}={given} does not exist. Set it to {EASY_VQA_WHEEL} or to its "
+                "unzipped easy_vqa/data folder, or unset it to fetch the wheel."
+            )
+        return location
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bivlm-edge"
+    wheel = cache / EASY_VQA_WHEEL
+    if not wheel.is_file():
+        _fetch_easy_vqa(wheel)
+    return wheel
+
+
+def _fetch_easy_vqa(wheel: Path) -> None:
+    """Download the wheel with pip, check its hash, and move it to `wheel` in one step."""
+    advice = (
+        f"Fetch it where there is a network with 'pip download --no-deps {EASY_VQA_REQUIREMENT}' "
+        f"and set {EASY_VQA_VARIABLE} to the file."
+    )
+    try:
+        wheel.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+            command += ["--dest", folder, EASY_VQA_REQUIREMENT]
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT_S, check=False
+            )
+            fetched = Path(folder) / EASY_VQA_WHEEL
+            if result.returncode or not fetched.is_file():
+                lines = result.stderr.strip().splitlines() or ["no message"]
+                raise DataError(
+                    f"easy-VQA could not be fetched: pip exited with {result.returncode}: "
+                    f"{lines[-1]} {advice}"
+                )
+            found = hashlib.sha256(fetched.read_bytes()).hexdigest()
+            if found != EASY_VQA_SHA256:
+                raise DataError(
+                    f"the fetched {EASY_VQA_WHEEL} has SHA-256 {found}, expected "
+                    f"{EASY_VQA_SHA256}: a damaged or different file, not kept. {advice}"
+                )
+            fetched.replace(wheel)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DataError(f"easy-VQA could not be fetched: {error}. {advice}") from error

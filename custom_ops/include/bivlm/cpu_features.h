@@ -1,0 +1,22 @@
+// The instruction sets that kernels ask for, as a set of bits.
+#ifndef BIVLM_CPU_FEATURES_H_
+#define BIVLM_CPU_FEATURES_H_
+
+#include <cstdint>
+
+namespace bivlm {
+
+using IsaSet = uint32_t;
+
+namespace isa {
+inline constexpr IsaSet kNone = 0;
+inline constexpr IsaSet kAvx2 = 1U << 0;    // AVX2, FMA and F16C
+inline constexpr IsaSet kAvx512 = 1U << 1;  // AVX-512 F, BW, DQ, VL and VNNI
+}  // namespace isa
+
+// What this CPU has and its operating system has switched on.
+IsaSet SupportedIsa();
+
+}  // namespace bivlm
+
+#endif  // BIVLM_CPU_FEATURES_H_

@@ -1,0 +1,154 @@
+// The part of the ONNX Runtime C API that the custom operators use, restated at API version 17, so
+// that the library builds without ONNX Runtime's headers and never links to it.
+//
+// OrtApi is a table of function pointers to which versions only append, so a slot number is valid
+// for ever. tests/ort_abi_test.cc compares every number below with the official headers.
+#ifndef BIVLM_ORT_ABI_H_
+#define BIVLM_ORT_ABI_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bivlm::ort {
+
+inline constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17
+
+struct CustomOpDomain;
+struct KernelContext;
+struct KernelInfo;
+struct OpAttr;
+struct SessionOptions;
+struct ShapeInferContext;
+struct Status;
+struct TensorTypeAndShapeInfo;
+struct Value;
+
+enum class ErrorCode : int {
+  kFail = 1,
+  kInvalidArgument = 2,
+  kRuntimeException = 6,
+  kNotImplemented = 9
+};
+
+enum class ElementType : int {
+  kUndefined = 0,
+  kFloat32 = 1,
+  kUint8 = 2,
+  kUint16 = 4,
+  kInt32 = 6,
+  kInt64 = 7,
+  kFloat16 = 10,
+};
+
+enum class Characteristic : int { kRequired = 0, kOptional = 1 };
+enum class MemoryType : int { kDefault = 0 };
+enum class AttributeType : int { kInt = 1 };
+
+// OrtApi. The table of a newer ONNX Runtime is longer.
+struct Api {
+  void (*slots[275])();
+};
+
+struct ApiBase {
+  const Api* (*get_api)(uint32_t version);
+  const char* (*get_version_string)();
+};
+
+// One function of the table.
+template <std::size_t slot, typename Signature>
+struct ApiFunction;
+
+template <std::size_t slot, typename Result, typename... Arguments>
+struct ApiFunction<slot, Result(Arguments...)> {
+  static constexpr std::size_t kSlot = slot;
+  static Result Call(const Api* api, Arguments... arguments) {
+    return reinterpret_cast<Result (*)(Arguments...)>(api->slots[slot])(arguments...);
+  }
+};
+
+// name, slot, signature
+#define BIVLM_ORT_API_FUNCTIONS(F)                                                                \
+  F(CreateStatus, 0, Status*(ErrorCode, const char* message))                                     \
+  F(GetErrorMessage, 2, const char*(const Status*))                                               \
+  F(CreateCustomOpDomain, 26, Status*(const char* name, CustomOpDomain**))                        \
+  F(CustomOpDomain_Add, 27, Status*(CustomOpDomain*, const struct CustomOp*))                     \
+  F(AddCustomOpDomain, 28, Status*(SessionOptions*, CustomOpDomain*))                             \
+  F(GetTensorMutableData, 51, Status*(Value*, void** data))                                       \
+  F(CreateTensorTypeAndShapeInfo, 57, Status*(TensorTypeAndShapeInfo**))                          \
+  F(SetTensorElementType, 58, Status*(TensorTypeAndShapeInfo*, ElementType))                      \
+  F(SetDimensions, 59, Status*(TensorTypeAndShapeInfo*, const int64_t* dims, std::size_t rank))   \
+  F(GetTensorElementType, 60, Status*(const TensorTypeAndShapeInfo*, ElementType*))               \
+  F(GetDimensionsCount, 61, Status*(const TensorTypeAndShapeInfo*, std::size_t* rank))            \
+  F(GetDimensions, 62, Status*(const TensorTypeAndShapeInfo*, int64_t* dims, std::size_t rank))   \
+  F(GetSymbolicDimensions, 63,                                                                    \
+    Status*(const TensorTypeAndShapeInfo*, const char** names, std::size_t rank))                 \
+  F(GetTensorTypeAndShape, 65, Status*(const Value*, TensorTypeAndShapeInfo**))                   \
+  F(KernelInfoGetAttribute_float, 85, Status*(const KernelInfo*, const char* name, float*))       \
+  F(KernelInfoGetAttribute_int64, 86, Status*(const KernelInfo*, const char* name, int64_t*))     \
+  F(KernelInfoGetAttribute_string, 87,                                                            \
+    Status*(const KernelInfo*, const char* name, char* text, std::size_t* size))                  \
+  F(KernelContext_GetInputCount, 88, Status*(const KernelContext*, std::size_t*))                 \
+  F(KernelContext_GetOutputCount, 89, Status*(const KernelContext*, std::size_t*))                \
+  F(KernelContext_GetInput, 90, Status*(const KernelContext*, std::size_t index, const Value**))  \
+  F(KernelContext_GetOutput, 91,                                                                  \
+    Status*(KernelContext*, std::size_t index, const int64_t* dims, std::size_t rank, Value**))   \
+  F(ReleaseStatus, 93, void(Status*))                                                             \
+  F(ReleaseTensorTypeAndShapeInfo, 99, void(TensorTypeAndShapeInfo*))                             \
+  F(KernelInfoGetAttributeArray_int64, 163,                                                       \
+    Status*(const KernelInfo*, const char* name, int64_t* values, std::size_t* count))            \
+  F(KernelInfo_GetInputCount, 230, Status*(const KernelInfo*, std::size_t*))                      \
+  F(KernelInfo_GetNodeName, 244, Status*(const KernelInfo*, char* name, std::size_t* size))       \
+  F(KernelInfoGetConstantInput_tensor, 249,                                                       \
+    Status*(const KernelInfo*, std::size_t index, int* is_constant, const Value**))               \
+  F(ShapeInferContext_GetInputCount, 267, Status*(const ShapeInferContext*, std::size_t*))        \
+  F(ShapeInferContext_GetInputTypeShape, 268,                                                     \
+    Status*(const ShapeInferContext*, std::size_t index, TensorTypeAndShapeInfo**))               \
+  F(ShapeInferContext_GetAttribute, 269,                                                          \
+    Status*(const ShapeInferContext*, const char* name, const OpAttr**))                          \
+  F(ShapeInferContext_SetOutputTypeShape, 270,                                                    \
+    Status*(const ShapeInferContext*, std::size_t index, const TensorTypeAndShapeInfo*))          \
+  F(SetSymbolicDimensions, 271,                                                                   \
+    Status*(TensorTypeAndShapeInfo*, const char* names[], std::size_t rank))                      \
+  F(ReadOpAttr, 272,                                                                              \
+    Status*(const OpAttr*, AttributeType, void* data, std::size_t bytes, std::size_t* used))      \
+  F(KernelContext_ParallelFor, 274,                                                               \
+    Status*(const KernelContext*, void (*body)(void* user, std::size_t index), std::size_t total, \
+            std::size_t batches, void* user))
+
+struct CustomOp;
+#define BIVLM_DECLARE_API_FUNCTION(name, slot, ...) using name = ApiFunction<slot, __VA_ARGS__>;
+BIVLM_ORT_API_FUNCTIONS(BIVLM_DECLARE_API_FUNCTION)
+#undef BIVLM_DECLARE_API_FUNCTION
+
+// OrtCustomOp as of version 17. Members that stay null are not used by ONNX Runtime, because those
+// with the suffix V2 take their place or because no input or output is variadic.
+struct CustomOp {
+  uint32_t version = kApiVersion;
+  void* (*CreateKernel)(const CustomOp*, const Api*, const KernelInfo*) = nullptr;
+  const char* (*GetName)(const CustomOp*) = nullptr;
+  const char* (*GetExecutionProviderType)(const CustomOp*) = nullptr;
+  ElementType (*GetInputType)(const CustomOp*, std::size_t index) = nullptr;
+  std::size_t (*GetInputTypeCount)(const CustomOp*) = nullptr;
+  ElementType (*GetOutputType)(const CustomOp*, std::size_t index) = nullptr;
+  std::size_t (*GetOutputTypeCount)(const CustomOp*) = nullptr;
+  void (*KernelCompute)(void* kernel, KernelContext*) = nullptr;
+  void (*KernelDestroy)(void* kernel) = nullptr;
+  Characteristic (*GetInputCharacteristic)(const CustomOp*, std::size_t index) = nullptr;
+  Characteristic (*GetOutputCharacteristic)(const CustomOp*, std::size_t index) = nullptr;
+  MemoryType (*GetInputMemoryType)(const CustomOp*, std::size_t index) = nullptr;
+  int (*GetVariadicInputMinArity)(const CustomOp*) = nullptr;
+  int (*GetVariadicInputHomogeneity)(const CustomOp*) = nullptr;
+  int (*GetVariadicOutputMinArity)(const CustomOp*) = nullptr;
+  int (*GetVariadicOutputHomogeneity)(const CustomOp*) = nullptr;
+  Status* (*CreateKernelV2)(const CustomOp*, const Api*, const KernelInfo*,
+                            void** kernel) = nullptr;
+  Status* (*KernelComputeV2)(void* kernel, KernelContext*) = nullptr;
+  Status* (*InferOutputShapeFn)(const CustomOp*, ShapeInferContext*) = nullptr;
+  int (*GetStartVersion)(const CustomOp*) = nullptr;
+  int (*GetEndVersion)(const CustomOp*) = nullptr;
+};
+static_assert(sizeof(CustomOp) == 22 * sizeof(void*));
+
+}  // namespace bivlm::ort
+
+#endif  // BIVLM_ORT_ABI_H_

@@ -1,0 +1,66 @@
+// From the lists of kernels to one kernel.
+#include "bivlm/binary_matmul.h"
+#include "bivlm/token_prune.h"
+
+namespace bivlm {
+namespace {
+
+constexpr BinaryMatMulKernel kBinaryMatMulKernels[] = {
+#define BIVLM_BINARY_MATMUL_KERNEL(needs, symbol, label) {label, needs, &(symbol)},
+#include "bivlm/binary_matmul_kernels.inc"
+#undef BIVLM_BINARY_MATMUL_KERNEL
+};
+
+constexpr TokenPruneKernel kTokenPruneKernels[] = {
+#define BIVLM_TOKEN_PRUNE_KERNEL(needs, symbol, label) {label, needs, &(symbol)},
+#include "bivlm/token_prune_kernels.inc"
+#undef BIVLM_TOKEN_PRUNE_KERNEL
+};
+
+template <typename List>
+auto Select(const List& kernels, IsaSet supported, std::string_view forced) {
+  for (const auto& kernel : kernels) {
+    const bool wanted = forced.empty() || forced == kernel.name;
+    if (wanted && (kernel.isa & supported) == kernel.isa) return &kernel;
+  }
+  return static_cast<decltype(kernels.begin())>(nullptr);
+}
+
+template <typename List>
+std::string Names(const List& kernels, IsaSet supported) {
+  std::string names;
+  for (const auto& kernel : kernels) {
+    if ((kernel.isa & supported) != kernel.isa) continue;
+    if (!names.empty()) names += ", ";
+    names += kernel.name;
+  }
+  return names;
+}
+
+}  // namespace
+
+BinaryMatMulKernelList BinaryMatMulKernels() {
+  return {kBinaryMatMulKernels, sizeof(kBinaryMatMulKernels) / sizeof(BinaryMatMulKernel)};
+}
+
+const BinaryMatMulKernel* SelectBinaryMatMul(IsaSet supported, std::string_view forced) {
+  return Select(BinaryMatMulKernels(), supported, forced);
+}
+
+std::string AvailableBinaryMatMulNames(IsaSet supported) {
+  return Names(BinaryMatMulKernels(), supported);
+}
+
+TokenPruneKernelList TokenPruneKernels() {
+  return {kTokenPruneKernels, sizeof(kTokenPruneKernels) / sizeof(TokenPruneKernel)};
+}
+
+const TokenPruneKernel* SelectTokenPrune(IsaSet supported, std::string_view forced) {
+  return Select(TokenPruneKernels(), supported, forced);
+}
+
+std::string AvailableTokenPruneNames(IsaSet supported) {
+  return Names(TokenPruneKernels(), supported);
+}
+
+}  // namespace bivlm

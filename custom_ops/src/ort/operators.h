@@ -1,0 +1,24 @@
+// The operators as ONNX Runtime sees them.
+#ifndef BIVLM_ORT_OPERATORS_H_
+#define BIVLM_ORT_OPERATORS_H_
+
+#include "bivlm/ort_abi.h"
+
+namespace bivlm::ort {
+
+// An operator together with the API it was registered with: shape inference gets no other way to
+// it.
+struct Operator : CustomOp {
+  const Api* api = nullptr;
+  ElementType type = ElementType::kUndefined;  // of the activations; undefined: any
+};
+
+Operator MakeBinaryMatMulOp(const Api* api);
+
+// ONNX Runtime allows one input of any type per operator, TokenPrune has two: one operator per
+// type.
+Operator MakeTokenPruneOp(const Api* api, ElementType type);
+
+}  // namespace bivlm::ort
+
+#endif  // BIVLM_ORT_OPERATORS_H_

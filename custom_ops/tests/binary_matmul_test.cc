@@ -1,0 +1,395 @@
+// Every kernel of BinaryMatMul that this CPU has against the reference, on awkward shapes.
+#include "bivlm/binary_matmul.h"
+
+#include <cmath>
+#include <random>
+#include <string>
+
+#include "check.h"
+#include "reference.h"
+
+namespace bivlm::testing {
+namespace {
+
+enum class Order { kNone, kColumns, kChunks };
+
+struct Case {
+  std::size_t m = 1;
+  std::size_t n = 1;
+  std::size_t k = 1;
+  std::vector<int64_t> plane_columns;
+  int64_t hadamard_block = 0;
+  bool signs = false;
+  Order order = Order::kNone;
+  bool float16 = false;
+  uint64_t seed = 0;
+};
+
+std::string Text(const Case& c) {
+  std::ostringstream text;
+  text << " m=" << c.m << " n=" << c.n << " k=" << c.k << " plane_columns=(";
+  for (const int64_t columns : c.plane_columns) text << columns << ",";
+  text << ") hadamard=" << c.hadamard_block << " signs=" << c.signs
+       << " order=" << static_cast<int>(c.order) << " float16=" << c.float16 << " seed=" << c.seed;
+  return text.str();
+}
+
+ReferenceWeight RandomWeight(const Case& c, std::mt19937_64& random) {
+  ReferenceWeight w;
+  w.n = c.n;
+  w.k = c.k;
+  w.plane_columns = c.plane_columns;
+  w.hadamard_block = c.hadamard_block;
+  for (const int64_t columns : c.plane_columns) {
+    std::vector<uint8_t> bits(w.padded_n() * static_cast<std::size_t>(columns));
+    for (uint8_t& bit : bits) bit = static_cast<uint8_t>(random() & 1);
+    std::fill(bits.begin() + static_cast<std::ptrdiff_t>(c.n) * columns, bits.end(), uint8_t{0});
+    w.bits.push_back(bits);
+  }
+  std::normal_distribution<double> normal(0.0, 0.05);
+  w.alpha.assign(w.padded_n() * w.slots(), 0);
+  for (std::size_t row = 0; row < c.n; ++row) {
+    double previous = 0.0;
+    for (std::size_t slot = 0; slot < w.slots(); ++slot) {
+      double value = normal(random);
+      switch (random() % 8) {
+        case 0:
+          value = previous;  // levels that cancel
+          break;
+        case 1:
+          value = previous * 0.001;
+          break;
+        case 2:
+          value = random() % 4 == 0 ? 0.0 : value;
+          break;
+        default:
+          break;
+      }
+      w.alpha[row * w.slots() + slot] = NearestHalf(value);
+      previous = value;
+    }
+  }
+  if (c.signs) {
+    for (std::size_t i = 0; i < w.padded_k() / 8; ++i) {
+      w.signs.push_back(static_cast<uint8_t>(random()));
+    }
+  }
+  if (c.order != Order::kNone) {
+    w.order.resize(c.order == Order::kColumns ? w.padded_k() : w.padded_k() / 64);
+    for (std::size_t i = 0; i < w.order.size(); ++i) w.order[i] = static_cast<uint16_t>(i);
+    std::shuffle(w.order.begin(), w.order.end(), random);
+  }
+  return w;
+}
+
+// Rows of activations: some Gaussian, some with outliers, zeros, tiny values, NaN or an infinity.
+std::vector<float> RandomActivations(const Case& c, std::mt19937_64& random) {
+  std::normal_distribution<float> normal(0.0F, 1.0F);
+  std::vector<float> x;
+  for (std::size_t row = 0; row < c.m; ++row) {
+    const uint64_t kind = random() % 12;
+    for (std::size_t j = 0; j < c.k; ++j) {
+      float value = normal(random);
+      if (kind == 0) value = 0.0F;
+      if (kind == 1 && random() % 50 == 0) value *= 100.0F;  // outliers
+      if (kind == 2) value *= c.float16 ? 1e-7F : 1e-38F;    // subnormal scales
+      if (kind == 3 && j / 64 % 2 == 0) value = 0.0F;        // whole chunks of zeros
+      if (kind == 4 && j == c.k / 2) value = std::numeric_limits<float>::quiet_NaN();
+      if (kind == 5 && j == c.k - 1) value = -std::numeric_limits<float>::infinity();
+      if (kind == 6) value = std::nearbyint(value * 2.0F) * 0.5F;  // exact ties when rounding
+      x.push_back(value);
+    }
+  }
+  return x;
+}
+
+uint16_t ToHalf(float value) {
+  if (std::isnan(value)) return 0x7e00;
+  if (std::isinf(value)) return value > 0 ? 0x7c00 : 0xfc00;
+  return NearestHalf(value);
+}
+
+struct Outputs {
+  std::vector<double> y;
+  bool intact = false;
+};
+
+Outputs Run(const BinaryMatMulKernel& kernel, const Case& c, const ReferenceWeight& w,
+            const std::vector<float>& x, std::size_t shift, const Executor& executor,
+            Checker* check) {
+  BinaryMatMulShape shape;
+  shape.k = static_cast<int64_t>(c.k);
+  shape.n = static_cast<int64_t>(c.n);
+  shape.plane_columns = c.plane_columns.data();
+  shape.plane_count = c.plane_columns.size();
+  shape.hadamard_block = c.hadamard_block;
+  BinaryMatMulWeight weight;
+  const std::string problem = MakeBinaryMatMulWeight(shape, &weight);
+  check->Expect(problem.empty(), "MakeBinaryMatMulWeight", Text(c), ": ", problem);
+  const std::vector<uint8_t> codes = PackCodes(w);
+  const std::vector<uint16_t> coefficients = PackCoefficients(w);
+  check->Expect(codes.size() == weight.panels * weight.panel_code_bytes, "bytes of codes", Text(c));
+  check->Expect(coefficients.size() == weight.panels * weight.coefficient_slots * kPanelRows,
+                "number of coefficients", Text(c));
+  const Unaligned codes_at(codes.data(), codes.size(), shift);
+  const Unaligned coefficients_at(coefficients.data(), 2 * coefficients.size(), shift);
+  const Unaligned signs_at(w.signs.data(), w.signs.size(), shift);
+  const Unaligned order_at(w.order.data(), 2 * w.order.size(), shift);
+  weight.codes = codes_at.data();
+  weight.coefficients = coefficients_at.data();
+  weight.signs = w.signs.empty() ? nullptr : signs_at.data();
+  weight.order = w.order.empty() ? nullptr : order_at.data();
+  weight.order_has_chunks = c.order == Order::kChunks;
+
+  std::vector<uint16_t> halves;
+  for (const float value : x) halves.push_back(ToHalf(value));
+  BinaryMatMulArgs args;
+  args.weight = &weight;
+  args.type = c.float16 ? ElementType::kFloat16 : ElementType::kFloat32;
+  args.m = c.m;
+  args.x = c.float16 ? static_cast<const void*>(halves.data()) : x.data();
+  Guarded y(c.m * c.n * (c.float16 ? 2 : 4));
+  args.y = y.data();
+  RunBinaryMatMul(kernel, args, executor);
+
+  Outputs outputs;
+  outputs.intact = y.IsIntact();
+  for (std::size_t i = 0; i < c.m * c.n; ++i) {
+    outputs.y.push_back(c.float16 ? HalfValue(static_cast<const uint16_t*>(args.y)[i])
+                                  : double{static_cast<const float*>(args.y)[i]});
+  }
+  return outputs;
+}
+
+// |got - want| <= bound, with the rounding of a float16 output; NaN fails.
+void Compare(Checker* check, const char* what, const BinaryMatMulKernel& kernel, const Case& c,
+             std::size_t row, std::size_t column, double got, ReferenceValue want) {
+  double bound = want.bound;
+  if (c.float16) bound += std::fabs(want.value) * 0x1p-11 + want.bound * 0x1p-11 + 0x1p-25;
+  check->Expect(std::fabs(got - want.value) <= bound, kernel.name, " ", what, Text(c), " at (", row,
+                ", ", column, "): got ", got, " want ", want.value, " bound ", bound);
+}
+
+void CheckRow(Checker* check, const BinaryMatMulKernel& kernel, const Case& c,
+              const ReferenceWeight& w, const double* x, std::size_t row,
+              const std::vector<double>& y) {
+  const ReferenceTransform transform = TransformRow(w, x);
+  std::vector<Int8Chunk> chunks;
+  for (std::size_t chunk = 0; chunk < w.padded_k() / 64 && transform.is_finite; ++chunk) {
+    chunks.push_back(QuantizeChunk(transform, chunk));
+  }
+  for (std::size_t i = 0; i < c.n; ++i) {
+    const double got = y[row * c.n + i];
+    if (!transform.is_finite) {
+      check->Expect(std::isnan(got), kernel.name, " NaN row", Text(c), " at (", row, ", ", i,
+                    "): got ", got);
+    } else if (kernel.isa == isa::kNone) {
+      Compare(check, "exact", kernel, c, row, i, got, ExactProduct(w, transform, i));
+    } else {
+      const Int8Product product = ProductInInt8(w, transform, chunks, i);
+      Compare(check, "int8", kernel, c, row, i, got, product.emulated);
+      Compare(check, "int8 against exact", kernel, c, row, i, got, product.exact);
+    }
+  }
+}
+
+// `checked_rows` of the m rows are compared with the reference.
+void RunCase(Checker* check, const Case& c, const Executor& executor, std::size_t checked_rows) {
+  std::mt19937_64 random(c.seed);
+  const ReferenceWeight w = RandomWeight(c, random);
+  const std::vector<float> x = RandomActivations(c, random);
+  std::vector<double> exact_x;
+  for (const float value : x) {
+    exact_x.push_back(c.float16 ? HalfValue(ToHalf(value)) : double{value});
+  }
+  for (const BinaryMatMulKernel& kernel : BinaryMatMulKernels()) {
+    if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+    const Outputs outputs = Run(kernel, c, w, x, c.seed % 4, executor, check);
+    check->Expect(outputs.intact, kernel.name, " wrote outside y", Text(c));
+    const std::size_t step = std::max<std::size_t>(1, c.m / std::max<std::size_t>(1, checked_rows));
+    for (std::size_t row = 0; row < c.m; row += step) {
+      CheckRow(check, kernel, c, w, exact_x.data() + row * c.k, row, outputs.y);
+    }
+  }
+}
+
+// A random list of planes for k columns.
+std::vector<int64_t> RandomPlanes(std::size_t k, std::mt19937_64& random) {
+  const std::size_t chunks = (k + 63) / 64;
+  std::vector<int64_t> planes = {static_cast<int64_t>(chunks * 64)};
+  for (std::size_t more = random() % 4; more > 0; --more) {
+    const uint64_t most = static_cast<uint64_t>(planes.back()) / 64;
+    planes.push_back(static_cast<int64_t>((1 + random() % most) * 64));
+  }
+  return planes;
+}
+
+void RandomTransform(Case* c, std::mt19937_64& random) {
+  const std::size_t k_padded = (c->k + 63) / 64 * 64;
+  const int64_t blocks[] = {0, 64, 128};
+  c->hadamard_block = blocks[random() % (k_padded % 128 == 0 ? 3 : 2)];
+  c->signs = c->hadamard_block > 0 && random() % 2 == 0;
+  c->order = static_cast<Order>(random() % (k_padded > 64 ? 3 : 2));
+  c->float16 = random() % 3 == 0;
+}
+
+void AwkwardShapes(Checker* check) {
+  uint64_t seed = 1000;
+  for (const std::size_t n : {1, 15, 16, 17, 31, 33, 100}) {
+    for (const std::size_t k : {1, 63, 64, 65, 192, 256, 300, 704}) {
+      for (const std::size_t m : {0, 1, 2, 3, 5, 8, 9, 17}) {
+        Case c;
+        c.m = m;
+        c.n = n;
+        c.k = k;
+        c.seed = ++seed;
+        std::mt19937_64 random(seed);
+        c.plane_columns = RandomPlanes(k, random);
+        RandomTransform(&c, random);
+        RunCase(check, c, Executor(), m);
+      }
+    }
+  }
+}
+
+// Every list of planes over 4 chunks, with every transform.
+void AllPlanesAndTransforms(Checker* check) {
+  std::vector<std::vector<int64_t>> lists = {{256}};
+  for (std::size_t i = 0; i < lists.size(); ++i) {
+    if (lists[i].size() == kMaxPlanes) continue;
+    for (int64_t columns = 64; columns <= lists[i].back(); columns += 64) {
+      std::vector<int64_t> longer = lists[i];
+      longer.push_back(columns);
+      lists.push_back(longer);
+    }
+  }
+  check->Expect(lists.size() == 1 + 4 + 10 + 20, "number of plane lists: ", lists.size());
+  uint64_t seed = 5000;
+  for (const std::vector<int64_t>& list : lists) {
+    for (const int64_t block : {0, 64, 128}) {
+      for (const Order order : {Order::kNone, Order::kColumns, Order::kChunks}) {
+        for (const bool signs : {false, true}) {
+          if (signs && block == 0) continue;
+          Case c;
+          c.seed = ++seed;
+          c.m = 1 + seed % 9;
+          c.n = 33;
+          c.k = seed % 2 == 0 ? 256 : 250;
+          c.plane_columns = list;
+          c.hadamard_block = block;
+          c.order = order;
+          c.signs = signs;
+          RunCase(check, c, Executor(), c.m);
+        }
+      }
+    }
+  }
+}
+
+// The outputs of a token do not depend on the tokens beside it, nor on how the work is divided: all
+// rows of a product equal, to the bit, the same rows computed alone.
+void ExpectRowsAsAlone(Checker* check, const Case& c) {
+  std::mt19937_64 random(c.seed);
+  const ReferenceWeight w = RandomWeight(c, random);
+  const std::vector<float> x = RandomActivations(c, random);
+  Case alone = c;
+  alone.m = 1;
+  for (const BinaryMatMulKernel& kernel : BinaryMatMulKernels()) {
+    if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+    const std::vector<double> y = Run(kernel, c, w, x, 0, ThreeThreads(), check).y;
+    for (std::size_t row = 0; row < c.m; ++row) {
+      const auto begin = x.begin() + static_cast<std::ptrdiff_t>(row * c.k);
+      const std::vector<float> x_row(begin, begin + static_cast<std::ptrdiff_t>(c.k));
+      const std::vector<double> want = Run(kernel, alone, w, x_row, 0, Executor(), check).y;
+      check->Expect(std::memcmp(want.data(), y.data() + row * c.n, c.n * sizeof(double)) == 0,
+                    kernel.name, " row ", row, " differs from the row alone", Text(c));
+    }
+  }
+}
+
+// Large enough for several passes, row blocks and tasks on several threads.
+void ManyTasks(Checker* check) {
+  for (const std::size_t m : {1, 70, 300}) {
+    Case c;
+    c.m = m;
+    c.n = m == 1 ? 9000 : 100;
+    c.k = 300;
+    c.plane_columns = {320, 256, 64};
+    c.hadamard_block = 64;
+    c.signs = true;
+    c.order = Order::kChunks;
+    c.seed = 7000 + m;
+    RunCase(check, c, ThreeThreads(), 12);
+    ExpectRowsAsAlone(check, c);
+  }
+}
+
+void ShapeErrors(Checker* check) {
+  const auto expect_problem = [check](BinaryMatMulShape shape, std::vector<int64_t> planes,
+                                      const char* part) {
+    shape.plane_columns = planes.data();
+    shape.plane_count = planes.size();
+    BinaryMatMulWeight weight;
+    const std::string problem = MakeBinaryMatMulWeight(shape, &weight);
+    check->Expect(problem.find(part) != std::string::npos, "expected a problem with '", part,
+                  "', got '", problem, "'");
+  };
+  BinaryMatMulShape shape;
+  shape.k = 100;
+  shape.n = 5;
+  expect_problem(shape, {}, "plane_columns has 0 numbers");
+  expect_problem(shape, {128, 128, 128, 128, 64}, "plane_columns has 5 numbers");
+  expect_problem(shape, {64}, "plane_columns is (64)");
+  expect_problem(shape, {192}, "plane_columns is (192)");
+  expect_problem(shape, {128, 64, 128}, "plane_columns is (128, 64, 128)");
+  expect_problem(shape, {128, 0}, "plane_columns is (128, 0)");
+  expect_problem(shape, {128, 65}, "plane_columns is (128, 65)");
+  shape.hadamard_block = 32;
+  expect_problem(shape, {128}, "hadamard_block is 32");
+  shape.k = 64;
+  shape.hadamard_block = 128;
+  expect_problem(shape, {64}, "hadamard_block is 128");
+  shape.hadamard_block = 0;
+  shape.format = 2;
+  expect_problem(shape, {64}, "format is 2");
+  shape.format = 1;
+  shape.n = 0;
+  expect_problem(shape, {64}, "N is 0");
+  shape.n = 5;
+  shape.k = -1;
+  expect_problem(shape, {64}, "K is -1");
+}
+
+// The worked examples of FORMAT.md.
+void WorkedExamples(Checker* check) {
+  ReferenceWeight w;
+  w.n = 1;
+  w.k = 64;
+  w.plane_columns = {64};
+  w.bits = {std::vector<uint8_t>(16 * 64)};
+  w.bits[0][5] = 1;
+  std::vector<uint8_t> codes = PackCodes(w);
+  check->Expect(codes.size() == 128 && codes[1] == 2, "single block of FORMAT.md: byte 1 is ",
+                int{codes[1]});
+  w.plane_columns = {64, 64};
+  w.bits = {std::vector<uint8_t>(16 * 64), std::vector<uint8_t>(16 * 64)};
+  w.bits[1][21] = 1;
+  codes = PackCodes(w);
+  check->Expect(codes.size() == 256 && codes[65] == 8, "pair block of FORMAT.md: byte 65 is ",
+                int{codes[65]});
+}
+
+}  // namespace
+}  // namespace bivlm::testing
+
+int main() {
+  bivlm::testing::Checker check;
+  bivlm::testing::WorkedExamples(&check);
+  bivlm::testing::ShapeErrors(&check);
+  bivlm::testing::AwkwardShapes(&check);
+  bivlm::testing::AllPlanesAndTransforms(&check);
+  bivlm::testing::ManyTasks(&check);
+  std::printf("kernels tested: %s\n",
+              bivlm::AvailableBinaryMatMulNames(bivlm::SupportedIsa()).c_str());
+  return check.Finish("binary_matmul_test");
+}

@@ -1,0 +1,454 @@
+// Both operators in double, written from export/OPS.md and bivlm_edge/quant/FORMAT.md alone:
+// nothing here calls the code under test.
+#ifndef BIVLM_TESTS_REFERENCE_H_
+#define BIVLM_TESTS_REFERENCE_H_
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace bivlm::testing {
+
+// Value of a half, from the definition of the format.
+inline double HalfValue(uint16_t half) {
+  const double sign = (half & 0x8000) != 0 ? -1.0 : 1.0;
+  const int exponent = half >> 10 & 31;
+  const int mantissa = half & 1023;
+  if (exponent == 31) {
+    return mantissa != 0 ? std::numeric_limits<double>::quiet_NaN()
+                         : sign * std::numeric_limits<double>::infinity();
+  }
+  if (exponent == 0) return sign * std::ldexp(mantissa, -24);
+  return sign * std::ldexp(1024 + mantissa, exponent - 25);
+}
+
+// Nearest half of a finite value, ties to even, found by search; for test data.
+inline uint16_t NearestHalf(double value) {
+  uint16_t low = 0;
+  uint16_t high = 0x7bff;
+  const double magnitude = std::fabs(value);
+  while (low < high) {
+    const uint16_t middle = static_cast<uint16_t>((low + high) / 2);
+    if (HalfValue(middle) < magnitude) {
+      low = static_cast<uint16_t>(middle + 1);
+    } else {
+      high = middle;
+    }
+  }
+  if (low > 0) {
+    const double above = HalfValue(low) - magnitude;
+    const double below = magnitude - HalfValue(static_cast<uint16_t>(low - 1));
+    if (below < above || (below == above && low % 2 == 1)) low = static_cast<uint16_t>(low - 1);
+  }
+  return static_cast<uint16_t>(low | (std::signbit(value) ? 0x8000 : 0));
+}
+
+// Where results are subnormal, every float32 operation rounds to a multiple of this.
+inline constexpr double kSmallestFloat = 0x1p-149;
+
+// ---- BinaryMatMul ----
+
+struct ReferenceWeight {
+  std::size_t n = 0;
+  std::size_t k = 0;
+  std::vector<int64_t> plane_columns;
+  int64_t hadamard_block = 0;
+  std::vector<std::vector<uint8_t>> bits;  // [plane][row * plane_columns[plane] + column]
+  std::vector<uint16_t> alpha;             // half [row][slot]
+  std::vector<uint8_t> signs;              // packed, or empty
+  std::vector<uint16_t> order;             // columns or chunks, or empty
+
+  std::size_t padded_n() const { return (n + 15) / 16 * 16; }
+  std::size_t padded_k() const { return (k + 63) / 64 * 64; }
+  // Planes of column j.
+  std::size_t planes(std::size_t j) const {
+    std::size_t count = 0;
+    for (const int64_t columns : plane_columns) count += j < static_cast<std::size_t>(columns);
+    return count;
+  }
+  // Coefficients per row, and the slot of plane 0 in the class with `planes` planes.
+  std::size_t slots() const { return slot(0); }
+  std::size_t slot(std::size_t planes_of_class) const {
+    std::size_t count = 0;
+    for (std::size_t c = plane_columns.size(); c > planes_of_class; --c) {
+      const int64_t below = c < plane_columns.size() ? plane_columns[c] : 0;
+      if (plane_columns[c - 1] > below) count += c;
+    }
+    return count;
+  }
+  // +1 or -1.
+  double sign(std::size_t plane, std::size_t row, std::size_t j) const {
+    return bits[plane][row * static_cast<std::size_t>(plane_columns[plane]) + j] != 0 ? 1.0 : -1.0;
+  }
+  // alpha of the plane for column j.
+  double coefficient(std::size_t plane, std::size_t row, std::size_t j) const {
+    return HalfValue(alpha[row * slots() + slot(planes(j)) + plane]);
+  }
+};
+
+// The tensor `codes`, byte by byte from FORMAT.md.
+inline std::vector<uint8_t> PackCodes(const ReferenceWeight& w) {
+  std::vector<uint8_t> codes;
+  for (std::size_t panel = 0; panel < w.padded_n() / 16; ++panel) {
+    for (std::size_t chunk = 0; chunk < w.padded_k() / 64; ++chunk) {
+      const std::size_t planes = w.planes(chunk * 64);
+      for (std::size_t p = 0; p < planes; p += 2) {
+        const bool pair = p + 1 < planes;
+        for (std::size_t byte = 0; byte < (pair ? 256U : 128U); ++byte) {
+          const std::size_t t = byte / 64;
+          const std::size_t r = panel * 16 + byte % 64 / 4;
+          const std::size_t e = byte % 4;
+          unsigned value = 0;
+          for (unsigned i = 0; i < (pair ? 4U : 8U); ++i) {
+            const std::size_t j = chunk * 64 + (pair ? 16 : 32) * t + 4 * i + e;
+            const auto bit = [&](std::size_t plane) { return w.sign(plane, r, j) > 0 ? 1U : 0U; };
+            value |= pair ? (bit(p) | bit(p + 1) << 1) << (2 * i) : bit(p) << i;
+          }
+          codes.push_back(static_cast<uint8_t>(value));
+        }
+      }
+    }
+  }
+  return codes;
+}
+
+// The tensor `coefficients`: panel, slot, row.
+inline std::vector<uint16_t> PackCoefficients(const ReferenceWeight& w) {
+  std::vector<uint16_t> packed;
+  for (std::size_t panel = 0; panel < w.padded_n() / 16; ++panel) {
+    for (std::size_t slot = 0; slot < w.slots(); ++slot) {
+      for (std::size_t r = 0; r < 16; ++r) {
+        packed.push_back(w.alpha[(panel * 16 + r) * w.slots() + slot]);
+      }
+    }
+  }
+  return packed;
+}
+
+struct ReferenceTransform {
+  std::vector<double> v;
+  std::vector<double> error;  // how far a float32 transform may be from v
+  bool is_finite = true;
+};
+
+inline ReferenceTransform TransformRow(const ReferenceWeight& w, const double* x) {
+  std::vector<double> u(w.padded_k(), 0.0);
+  std::copy(x, x + w.k, u.begin());
+  std::vector<double> error(u.size(), 0.0);
+  ReferenceTransform result;
+  for (const double value : u) result.is_finite = result.is_finite && std::isfinite(value);
+  if (w.hadamard_block > 0) {
+    const std::size_t block = static_cast<std::size_t>(w.hadamard_block);
+    for (std::size_t j = 0; j < u.size() && !w.signs.empty(); ++j) {
+      if ((w.signs[j / 8] >> (j % 8) & 1) == 0) u[j] = -u[j];
+    }
+    std::vector<double> h(u.size());
+    for (std::size_t i = 0; i < u.size(); ++i) {
+      const std::size_t start = i / block * block;
+      double sum = 0.0;
+      double absolute = 0.0;
+      for (std::size_t j = 0; j < block; ++j) {
+        const int parity = __builtin_popcountll(i % block & j) % 2;
+        sum += parity == 0 ? u[start + j] : -u[start + j];
+        absolute += std::fabs(u[start + j]);
+      }
+      h[i] = sum / std::sqrt(static_cast<double>(block));
+      // A butterfly network rounds once per stage (log2(block) of them) and for the factor, each by
+      // at most FLT_EPSILON / 2 of a partial sum, or to a multiple of the smallest subnormal.
+      error[i] = 5.0 * FLT_EPSILON * absolute / std::sqrt(static_cast<double>(block)) +
+                 static_cast<double>(block) * kSmallestFloat;
+    }
+    u = h;
+  }
+  const std::size_t unit = w.order.size() == u.size() ? 1 : 64;
+  for (std::size_t i = 0; i < u.size(); ++i) {
+    const std::size_t from = w.order.empty() ? i : w.order[i / unit] * unit + i % unit;
+    result.v.push_back(u[from]);
+    result.error.push_back(error[from]);
+  }
+  return result;
+}
+
+// One output with the most that a correct kernel may differ from it.
+struct ReferenceValue {
+  double value = 0.0;
+  double bound = 0.0;
+};
+
+// The exact product, and the bound for `generic`: that of OPS.md plus the rounding of the
+// transform.
+inline ReferenceValue ExactProduct(const ReferenceWeight& w, const ReferenceTransform& x,
+                                   std::size_t row) {
+  ReferenceValue result;
+  double absolute = 0.0;
+  for (std::size_t j = 0; j < x.v.size(); ++j) {
+    double what = 0.0;
+    for (std::size_t p = 0; p < w.planes(j); ++p)
+      what += w.coefficient(p, row, j) * w.sign(p, row, j);
+    result.value += what * x.v[j];
+    absolute += std::fabs(what * x.v[j]);
+    result.bound += std::fabs(what) * x.error[j];
+  }
+  const double roundings = 2.0 * static_cast<double>(x.v.size());
+  result.bound += roundings * (FLT_EPSILON * absolute + kSmallestFloat);
+  return result;
+}
+
+// What the int8 rule of OPS.md makes of one chunk: all roundings in float32.
+struct Int8Chunk {
+  double scale = 0.0;
+  std::vector<int> q;
+  std::vector<double> error;  // of q * scale, where the transform is not exact in float32
+};
+
+inline Int8Chunk QuantizeChunk(const ReferenceTransform& x, std::size_t chunk) {
+  Int8Chunk result;
+  float largest = 0.0F;
+  double transform_error = 0.0;
+  for (std::size_t j = chunk * 64; j < chunk * 64 + 64; ++j) {
+    largest = std::max(largest, std::fabs(static_cast<float>(x.v[j])));
+    transform_error = std::max(transform_error, x.error[j]);
+  }
+  const float scale = largest / 127.0F;
+  result.q.assign(64, 0);
+  result.error.assign(64, 0.0);
+  if (scale < FLT_MIN) return result;
+  result.scale = scale;
+  const double scale_error = transform_error / 127.0 + FLT_EPSILON * result.scale;
+  for (std::size_t j = 0; j < 64; ++j) {
+    const float ratio = static_cast<float>(x.v[chunk * 64 + j]) / scale;
+    result.q[j] = static_cast<int>(std::nearbyint(ratio));
+    if (transform_error == 0.0) continue;
+    // The kernel's v and scale differ a little: so does the product, and near a tie q may be the
+    // other neighbour.
+    const double shift = (x.error[chunk * 64 + j] + std::fabs(ratio) * scale_error) / result.scale;
+    const double from_tie = 0.5 - std::fabs(static_cast<double>(ratio) - result.q[j]);
+    result.error[j] =
+        std::abs(result.q[j]) * scale_error + (from_tie <= shift ? result.scale : 0.0);
+  }
+  return result;
+}
+
+struct Int8Product {
+  ReferenceValue emulated;  // the int8 rule; bound: float32 summation alone
+  ReferenceValue exact;     // the exact product; bound: that of OPS.md for int8 kernels
+};
+
+// x is finite. `chunks` is QuantizeChunk of every chunk.
+inline Int8Product ProductInInt8(const ReferenceWeight& w, const ReferenceTransform& x,
+                                 const std::vector<Int8Chunk>& chunks, std::size_t row) {
+  Int8Product result;
+  double absolute = 0.0;
+  for (std::size_t j = 0; j < x.v.size(); ++j) {
+    const Int8Chunk& chunk = chunks[j / 64];
+    const double activation = chunk.q[j % 64] * chunk.scale;
+    const std::size_t planes = w.planes(j);
+    for (std::size_t p = 0; p < planes; p += 2) {
+      const double a = w.coefficient(p, row, j);
+      double level = a * w.sign(p, row, j);
+      double rounded = level;
+      double step = 0.0;
+      if (p + 1 < planes) {
+        const double b = w.coefficient(p + 1, row, j);
+        level += b * w.sign(p + 1, row, j);
+        const float largest = static_cast<float>(std::max(std::fabs(a + b), std::fabs(a - b)));
+        const float step32 = largest / 127.0F;
+        step = step32;
+        rounded = largest == 0.0F ? 0.0 : std::nearbyint(static_cast<float>(level) / step32) * step;
+      }
+      result.emulated.value += rounded * activation;
+      result.emulated.bound += std::fabs(rounded) * chunk.error[j % 64];
+      absolute += std::max(std::fabs(rounded * activation), std::fabs(level * x.v[j]));
+      result.exact.value += level * x.v[j];
+      result.exact.bound += std::fabs(level) * chunk.scale / 2 +
+                            step / 2 * (std::fabs(x.v[j]) + chunk.scale / 2) +
+                            std::fabs(level) * x.error[j];
+      if (chunk.scale == 0.0) result.exact.bound += std::fabs(level) * 127 * double{FLT_MIN};
+    }
+  }
+  // Sums within a block are exact; per chunk and per stream there is a product and a sum.
+  const double roundings = static_cast<double>(chunks.size()) + 16.0;
+  const double rounding_error = roundings * (FLT_EPSILON * absolute + kSmallestFloat);
+  result.emulated.bound += rounding_error;
+  result.exact.bound += rounding_error;
+  return result;
+}
+
+// ---- TokenPrune ----
+
+struct ReferencePrune {
+  std::string mode = "mmr";
+  int64_t keep_count = -1;
+  float keep_ratio = -1.0F;
+  int64_t min_keep = 1;
+  float theta = 0.5F;
+  uint64_t seed = 0;
+  std::size_t b = 1;
+  std::size_t s = 0;
+  std::size_t dim = 0;
+  std::vector<float> scores;      // or empty
+  std::vector<int32_t> segments;  // or empty
+  std::vector<int64_t> keep;      // or empty
+  std::vector<double> metric;     // (b, s, dim)
+};
+
+// All four words of Philox4x32-10, as Salmon et al. write it.
+inline std::vector<uint32_t> ReferencePhilox(std::vector<uint32_t> c, std::vector<uint32_t> k) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = 0xD2511F53ULL * c[0];
+    const uint64_t p1 = 0xCD9E8D57ULL * c[2];
+    c = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k[0], static_cast<uint32_t>(p1 & 0xFFFFFFFF),
+         static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k[1], static_cast<uint32_t>(p0 & 0xFFFFFFFF)};
+    k = {k[0] + 0x9E3779B9U, k[1] + 0xBB67AE85U};
+  }
+  return c;
+}
+
+inline float ReferenceSimilarity(const ReferencePrune& p, std::size_t i, std::size_t j) {
+  double dot = 0.0;
+  double ii = 0.0;
+  double jj = 0.0;
+  for (std::size_t d = 0; d < p.dim; ++d) {
+    const double a = p.metric[i * p.dim + d];
+    const double c = p.metric[j * p.dim + d];
+    dot += a * c;
+    ii += a * a;
+    jj += c * c;
+  }
+  const auto has_direction = [](double norm) { return std::isfinite(norm) && norm > 0.0; };
+  if (!has_direction(ii) || !has_direction(jj)) return 0.0F;
+  return static_cast<float>(dot / std::sqrt(ii * jj));
+}
+
+// Index of the largest value among those not yet chosen; the first of equal ones.
+inline std::size_t ArgMax(const std::vector<double>& values, const std::vector<bool>& chosen) {
+  std::size_t best = values.size();
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (!chosen[i] && (best == values.size() || values[i] > values[best])) best = i;
+  }
+  return best;
+}
+
+// Positions to keep of one segment whose tokens are `tokens` (numbers of rows of metric).
+inline std::vector<std::size_t> ReferenceSelect(const ReferencePrune& p, int32_t segment,
+                                                const std::vector<std::size_t>& tokens,
+                                                std::size_t k) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  const std::size_t n = tokens.size();
+  std::vector<double> scores(n, 0.0);
+  bool all_nan = !p.scores.empty();
+  for (std::size_t i = 0; i < n && !p.scores.empty(); ++i) {
+    scores[i] = p.scores[tokens[i]];
+    if (std::isnan(scores[i])) {
+      scores[i] = -kInf;
+    } else {
+      all_nan = false;
+    }
+  }
+  const bool uses_scores = p.mode != "random" && !p.scores.empty();
+  if (p.mode == "uniform" || (uses_scores && all_nan)) {
+    std::vector<std::size_t> result;
+    for (std::size_t i = 0; i < k; ++i) result.push_back((2 * i + 1) * n / (2 * k));
+    return result;
+  }
+
+  std::vector<double> first = scores;
+  std::vector<double> z(n, 0.0);
+  if (p.mode == "random") {
+    for (std::size_t t = 0; t < n; ++t) {
+      first[t] = ReferencePhilox(
+          {static_cast<uint32_t>(t), static_cast<uint32_t>(segment), 0, 0},
+          {static_cast<uint32_t>(p.seed & 0xFFFFFFFF), static_cast<uint32_t>(p.seed >> 32)})[0];
+    }
+  }
+  if (p.mode == "maxmin" && p.scores.empty()) {
+    for (std::size_t i = 0; i < n; ++i) {
+      double norm = 0.0;
+      for (std::size_t d = 0; d < p.dim; ++d) norm += std::pow(p.metric[tokens[i] * p.dim + d], 2);
+      first[i] = std::isfinite(norm) ? norm : 0.0;
+    }
+  }
+  if (p.mode == "mmr") {
+    double low = kInf;
+    double high = -kInf;
+    for (const double s : scores) {
+      if (std::isfinite(s)) low = std::min(low, s);
+      if (std::isfinite(s)) high = std::max(high, s);
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      if (!std::isfinite(scores[i])) {
+        z[i] = scores[i] > 0 ? 1.0 : 0.0;
+      } else {
+        z[i] = high > low ? (scores[i] - low) / (high - low) : 0.5;
+      }
+    }
+    first = z;
+  }
+
+  std::vector<bool> chosen(n, false);
+  std::vector<std::size_t> result;
+  const bool greedy = p.mode == "mmr" || p.mode == "maxmin";
+  while (result.size() < k) {
+    std::vector<double> value = first;
+    for (std::size_t i = 0; greedy && !result.empty() && i < n; ++i) {
+      float largest = -2.0F;
+      for (const std::size_t j : result) {
+        largest = std::max(largest, ReferenceSimilarity(p, tokens[i], tokens[j]));
+      }
+      const double theta = p.mode == "mmr" ? double{p.theta} : 0.0;
+      value[i] = theta * z[i] - (1.0 - theta) * double{largest};
+    }
+    result.push_back(ArgMax(value, chosen));
+    chosen[result.back()] = true;
+  }
+  return result;
+}
+
+inline std::size_t ReferenceCount(const ReferencePrune& p, std::size_t n) {
+  int64_t k = static_cast<int64_t>(n);
+  if (p.mode == "none") return n;
+  if (!p.keep.empty()) return static_cast<std::size_t>(std::min(k, p.keep[0]));
+  if (p.keep_count >= 0) {
+    k = std::min(k, std::max(p.min_keep, p.keep_count));
+  } else if (p.keep_ratio >= 0.0F) {
+    const double share = static_cast<double>(n) * double{p.keep_ratio} - 1e-6;
+    k = std::min(k, std::max(p.min_keep, static_cast<int64_t>(std::ceil(share))));
+  }
+  return static_cast<std::size_t>(k);
+}
+
+inline std::vector<std::vector<int64_t>> ReferenceTokenPrune(const ReferencePrune& p) {
+  std::vector<std::vector<int64_t>> result(p.b);
+  for (std::size_t row = 0; row < p.b; ++row) {
+    std::map<int32_t, std::vector<std::size_t>> groups;
+    for (std::size_t t = 0; t < p.s; ++t) {
+      const int32_t id = p.segments.empty() ? 0 : p.segments[row * p.s + t];
+      if (id == -1) result[row].push_back(static_cast<int64_t>(t));
+      if (id >= 0) groups[id].push_back(row * p.s + t);
+    }
+    for (const auto& [id, tokens] : groups) {
+      const std::size_t k = ReferenceCount(p, tokens.size());
+      if (k == tokens.size()) {
+        for (const std::size_t t : tokens)
+          result[row].push_back(static_cast<int64_t>(t - row * p.s));
+        continue;
+      }
+      for (const std::size_t at : ReferenceSelect(p, id, tokens, k)) {
+        result[row].push_back(static_cast<int64_t>(tokens[at] - row * p.s));
+      }
+    }
+    std::sort(result[row].begin(), result[row].end());
+  }
+  return result;
+}
+
+}  // namespace bivlm::testing
+
+#endif  // BIVLM_TESTS_REFERENCE_H_

@@ -1,0 +1,96 @@
+// The library as a runtime loads it: what it exports, and what it says to an ONNX Runtime that is
+// too old. The runtimes here are stand-ins with the few functions that registering needs.
+#include <dlfcn.h>
+
+#include <string>
+
+#include "bivlm/ort_abi.h"
+#include "check.h"
+
+namespace bivlm::testing {
+namespace {
+
+// What the stand-in has been asked for.
+std::string status_message;
+std::vector<std::string> op_names;
+std::string domain_name;
+int domains_added = 0;
+uint32_t newest_api = 0;
+
+ort::Status* FakeCreateStatus(ort::ErrorCode, const char* message) {
+  status_message = message;
+  return reinterpret_cast<ort::Status*>(&status_message);
+}
+
+ort::Status* FakeCreateDomain(const char* name, ort::CustomOpDomain** domain) {
+  domain_name = name;
+  *domain = reinterpret_cast<ort::CustomOpDomain*>(&domain_name);
+  return nullptr;
+}
+
+ort::Status* FakeAddOp(ort::CustomOpDomain*, const ort::CustomOp* op) {
+  op_names.emplace_back(op->GetName(op));
+  return nullptr;
+}
+
+ort::Status* FakeAddDomain(ort::SessionOptions*, ort::CustomOpDomain*) {
+  ++domains_added;
+  return nullptr;
+}
+
+template <typename Function>
+void SetSlot(ort::Api* api, std::size_t slot, Function function) {
+  api->slots[slot] = reinterpret_cast<void (*)()>(function);
+}
+
+const ort::Api* FakeGetApi(uint32_t version) {
+  static ort::Api api = {};
+  SetSlot(&api, ort::CreateStatus::kSlot, FakeCreateStatus);
+  SetSlot(&api, ort::CreateCustomOpDomain::kSlot, FakeCreateDomain);
+  SetSlot(&api, ort::CustomOpDomain_Add::kSlot, FakeAddOp);
+  SetSlot(&api, ort::AddCustomOpDomain::kSlot, FakeAddDomain);
+  return version <= newest_api ? &api : nullptr;
+}
+
+using RegisterFunction = ort::Status* (*)(ort::SessionOptions*, const ort::ApiBase*);
+
+void OldRuntimeIsRefusedByName(Checker* check, RegisterFunction register_ops) {
+  const ort::ApiBase base = {FakeGetApi, [] { return "1.16.3"; }};
+  newest_api = 16;
+  check->Expect(register_ops(nullptr, &base) != nullptr, "no status from ONNX Runtime 1.16");
+  for (const char* part : {"1.17", "1.16.3"}) {
+    check->Expect(status_message.find(part) != std::string::npos, "'", status_message,
+                  "' does not say ", part);
+  }
+}
+
+void OperatorsAreAddedOncePerRuntime(Checker* check, RegisterFunction register_ops) {
+  const ort::ApiBase base = {FakeGetApi, [] { return "1.31.1"; }};
+  newest_api = 31;
+  check->Expect(register_ops(nullptr, &base) == nullptr, "register failed");
+  check->Expect(register_ops(nullptr, &base) == nullptr, "second register failed");
+  check->Expect(domain_name == "ai.bivlm", "domain is ", domain_name);
+  const std::vector<std::string> want = {"BinaryMatMul", "TokenPrune", "TokenPrune"};
+  check->Expect(op_names == want, op_names.size(), " operators added");
+  check->Expect(domains_added == 2, "domain added to ", domains_added, " sessions of 2");
+}
+
+}  // namespace
+}  // namespace bivlm::testing
+
+int main() {
+  using namespace bivlm::testing;  // NOLINT(google-build-using-namespace)
+  Checker check;
+  void* library = dlopen(BIVLM_LIBRARY, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    std::fprintf(stderr, "%s\n", dlerror());
+    return 1;
+  }
+  const auto register_ops = reinterpret_cast<RegisterFunction>(dlsym(library, "RegisterCustomOps"));
+  check.Expect(register_ops != nullptr, "RegisterCustomOps is not exported");
+  if (register_ops != nullptr) {
+    OldRuntimeIsRefusedByName(&check, register_ops);
+    OperatorsAreAddedOncePerRuntime(&check, register_ops);
+  }
+  return check.Finish("register_test");
+}

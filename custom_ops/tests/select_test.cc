@@ -1,0 +1,69 @@
+// Which kernel a CPU gets, asked for CPUs that this one is not.
+#include <string>
+
+#include "bivlm/binary_matmul.h"
+#include "bivlm/token_prune.h"
+#include "check.h"
+
+namespace bivlm::testing {
+namespace {
+
+template <typename Kernel>
+std::string Name(const Kernel* kernel) {
+  return kernel == nullptr ? "none" : kernel->name;
+}
+
+void ExpectName(Checker* check, IsaSet supported, const char* forced, const std::string& want) {
+  const std::string matmul = Name(SelectBinaryMatMul(supported, forced));
+  const std::string prune = Name(SelectTokenPrune(supported, forced));
+  check->Expect(matmul == want && prune == want, "features ", supported, " forced '", forced,
+                "': got ", matmul, " and ", prune, ", want ", want);
+}
+
+void ExpectAvailable(Checker* check, IsaSet supported, const std::string& want) {
+  const std::string matmul = AvailableBinaryMatMulNames(supported);
+  const std::string prune = AvailableTokenPruneNames(supported);
+  check->Expect(matmul == want && prune == want, "available with features ", supported, ": got ",
+                matmul, " and ", prune, ", want ", want);
+}
+
+void EveryBuild(Checker* check) {
+  ExpectName(check, isa::kNone, "", "generic");
+  ExpectName(check, isa::kNone, "generic", "generic");
+  ExpectName(check, isa::kNone, "avx2", "none");
+  ExpectName(check, ~isa::kNone, "generic", "generic");
+  ExpectName(check, ~isa::kNone, "no such kernel", "none");
+  ExpectName(check, ~isa::kNone, "AVX2", "none");
+  ExpectAvailable(check, isa::kNone, "generic");
+  const BinaryMatMulKernelList kernels = BinaryMatMulKernels();
+  check->Expect(kernels.count == TokenPruneKernels().count, "the lists differ in length");
+  for (std::size_t i = 0; i < kernels.count; ++i) {
+    const std::string name = kernels.first[i].name;
+    check->Expect(name == TokenPruneKernels().first[i].name, "the lists differ at ", name);
+    check->Expect((kernels.first[i].isa == isa::kNone) == (i + 1 == kernels.count),
+                  "generic must be last, and alone need nothing: ", name);
+  }
+}
+
+#if defined(BIVLM_CPU_AVX2) && defined(BIVLM_CPU_AVX512)
+void X86Build(Checker* check) {
+  ExpectName(check, isa::kAvx2, "", "avx2");
+  ExpectName(check, isa::kAvx2, "avx512", "none");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512, "", "avx512");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512, "avx2", "avx2");
+  ExpectAvailable(check, isa::kAvx2, "avx2, generic");
+  ExpectAvailable(check, isa::kAvx2 | isa::kAvx512, "avx512, avx2, generic");
+}
+#endif
+
+}  // namespace
+}  // namespace bivlm::testing
+
+int main() {
+  bivlm::testing::Checker check;
+  bivlm::testing::EveryBuild(&check);
+#if defined(BIVLM_CPU_AVX2) && defined(BIVLM_CPU_AVX512)
+  bivlm::testing::X86Build(&check);
+#endif
+  return check.Finish("select_test");
+}

@@ -1,0 +1,218 @@
+"""Walk through a model block by block and hand out the inputs that its linear layers see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bivlm_edge.calibration.moments import InputStatistics, StatisticsCollector
+from bivlm_edge.errors import UnsupportedModelError
+
+Batch = Mapping[str, Tensor]
+TokenWeights = Mapping[str, Sequence[Tensor]]
+LABELS = "labels"
+
+
+class Blocks(Protocol):
+    """What the walk needs of `models.BlockSequence`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the part: vision, projector or decoder."""
+
+    @property
+    def blocks(self) -> Sequence[tuple[str, nn.Module]]:
+        """Dotted names and modules, each run on the output of the one before."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Linear layers that see the same tensor, with the statistics of that tensor.
+
+    Attributes:
+        part: Name of the block sequence.
+        layers: Dotted name -> layer, in order of execution.
+        inputs: Statistics with all rows weighing alike.
+        weighted: Dotted name -> statistics with the layer's token weights, for layers that have
+            such weights.
+    """
+
+    part: str
+    layers: dict[str, nn.Linear]
+    inputs: InputStatistics
+    weighted: dict[str, InputStatistics]
+
+
+@dataclass(slots=True)
+class _Call:
+    """One block's arguments for one batch; the hidden states are exchanged from block to block."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        value = self.args[0] if self.args else self.kwargs.get("hidden_states")
+        if not isinstance(value, Tensor):
+            raise UnsupportedModelError(
+                "a block of this model does not take its hidden states as first argument or as "
+                "'hidden_states', so it cannot be calibrated block by block."
+            )
+        return value
+
+    def run(self, block: nn.Module) -> Tensor:
+        output = block(*self.args, **self.kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def replace_hidden(self, hidden: Tensor) -> None:
+        if self.args:
+            self.args = (hidden, *self.args[1:])
+        else:
+            self.kwargs["hidden_states"] = hidden
+
+
+class _Stopped(Exception):  # noqa: N818 - control flow, not an error
+    """Everything wanted of this forward pass has been seen."""
+
+
+def walk(
+    module: nn.Module,
+    sequences: Sequence[Blocks],
+    batches: Sequence[Batch],
+    token_weights: TokenWeights | None = None,
+) -> Iterator[LayerGroup]:
+    """Yield the groups of linear layers in order of execution, each with fresh statistics.
+
+    Whoever consumes the iterator may change a group's weights before asking for the next one: the
+    statistics of every later group are collected on what the changed layers produce. Holds the
+    hidden states of one block for all batches, and the statistics of one group. Layers that the
+    batches do not reach are not yielded.
+
+    Args:
+        module: The whole model; called as `module(**batch)`.
+        sequences: Block sequences in order of execution.
+        batches: Arguments of the model; "labels" is left out.
+        token_weights: Weight of every input row of a layer in its statistics, by dotted name of
+            the layer, one 1-D tensor per batch; None weighs all rows alike.
+    """
+    for sequence in sequences:
+        if not sequence.blocks:
+            continue
+        calls = [_capture(module, sequence.blocks[0][1], batch) for batch in batches]
+        for number, (name, block) in enumerate(sequence.blocks):
+            prefix = f"{name}." if name else ""
+            for layers in _shared_inputs(block, calls[0]):
+                named = {prefix + local: layer for local, layer in layers.items()}
+                inputs, weighted = _collect(block, calls, named, token_weights or {})
+                yield LayerGroup(sequence.name, named, inputs, weighted)
+            if number + 1 < len(sequence.blocks):
+                _advance(block, calls)
+
+
+@torch.no_grad()
+def _capture(module: nn.Module, block: nn.Module, batch: Batch) -> _Call:
+    """The arguments with which the model calls `block`; nothing behind it runs."""
+    captured: list[_Call] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.append(_Call(args, dict(kwargs)))
+        raise _Stopped
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(_Stopped):
+            module(**{key: value for key, value in batch.items() if key != LABELS})
+    finally:
+        handle.remove()
+    if not captured:
+        raise UnsupportedModelError(
+            f"the calibration inputs never reach a {type(block).__name__} block. Each sample needs "
+            "an image and a text."
+        )
+    call = captured[0]
+    for cache in ("past_key_values", "past_key_value"):  # a cache would grow with every rerun
+        if cache in call.kwargs:
+            call.kwargs[cache] = None
+    if "use_cache" in call.kwargs:
+        call.kwargs["use_cache"] = False
+    return call
+
+
+@torch.no_grad()
+def _shared_inputs(block: nn.Module, call: _Call) -> list[dict[str, nn.Linear]]:
+    """The block's linear layers in order of execution, those with the same input together."""
+    groups: dict[int, dict[str, nn.Linear]] = {}
+    seen: set[str] = set()
+    alive: list[Tensor] = []  # keeps the ids of the inputs apart
+
+    def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if name not in seen and isinstance(layer, nn.Linear):
+                seen.add(name)
+                alive.append(args[0])
+                groups.setdefault(id(args[0]), {})[name] = layer
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(remember(name))
+        for name, layer in block.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    try:
+        call.run(block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(groups.values())
+
+
+@torch.no_grad()
+def _collect(
+    block: nn.Module,
+    calls: Sequence[_Call],
+    layers: Mapping[str, nn.Linear],
+    token_weights: TokenWeights,
+) -> tuple[InputStatistics, dict[str, InputStatistics]]:
+    """Statistics of the input that `layers` share: plain, and by name with token weights.
+
+    A layer that runs several times in its block is measured at its first run.
+    """
+    first = next(iter(layers.values()))
+    plain = StatisticsCollector(first.in_features, len(calls))
+    weighted = {
+        name: StatisticsCollector(first.in_features, len(calls))
+        for name in layers
+        if name in token_weights
+    }
+    current = 0
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = args[0].reshape(-1, first.in_features)
+        plain.add(rows, current)
+        for name, collector in weighted.items():
+            collector.add(rows, current, token_weights[name][current])
+        raise _Stopped
+
+    handle = first.register_forward_pre_hook(hook)
+    try:
+        for number, call in enumerate(calls):
+            current = number
+            with suppress(_Stopped):
+                call.run(block)
+    finally:
+        handle.remove()
+    return plain.finish(), {name: collector.finish() for name, collector in weighted.items()}
+
+
+@torch.no_grad()
+def _advance(block: nn.Module, calls: Sequence[_Call]) -> None:
+    """Replace each call's hidden states by the block's output."""
+    for call in calls:
+        call.replace_hidden(call.run(block))

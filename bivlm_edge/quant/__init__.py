@@ -1,0 +1,1 @@
+"""Quantizers and the packed weight format (FORMAT.md)."""

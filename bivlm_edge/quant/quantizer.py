@@ -1,0 +1,287 @@
+"""Quantize every linear layer of a model by one method, in order, and report what it cost."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bivlm_edge.calibration.capture import Batch, Blocks, LayerGroup, TokenWeights, walk
+from bivlm_edge.calibration.importance import token_importance
+from bivlm_edge.calibration.moments import Moments
+from bivlm_edge.config import QuantConfig
+from bivlm_edge.errors import RequestError
+from bivlm_edge.quant import bivlm_edge, bivlm_paper, gptq, rtn
+from bivlm_edge.quant.allocation import Plan, allocate, layer_plans
+from bivlm_edge.quant.linalg import output_energy
+from bivlm_edge.quant.options import LayerOptions
+from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight
+from bivlm_edge.quant.weights import QuantizedWeight
+
+NBITS4_GROUP = 32
+
+LayerMethod = Callable[[Tensor, Tensor, LayerOptions], QuantizedWeight]
+Progress = Callable[[str, int, int], None]
+
+METHODS: dict[str, LayerMethod] = {
+    "bivlm-edge": bivlm_edge.quantize,
+    "bivlm-paper": bivlm_paper.quantize,
+    "gptq": gptq.quantize,
+    "rtn": rtn.quantize,
+    "nbits4": rtn.quantize,
+}
+
+
+class QuantizableModel(Protocol):
+    """What the quantizer needs of `models.VisionLanguageModel`."""
+
+    @property
+    def module(self) -> Any:
+        """The torch module, in evaluation mode and float32."""
+
+    def block_sequences(self) -> Sequence[Blocks]:
+        """The blocks whose linear layers are quantized, in order of execution."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+        name: Dotted name in the whole model.
+        n: Output features.
+        k: Input features.
+        method: Name of the method.
+        planes: `plane_columns` of a BinaryWeight, else None.
+        hadamard_block: 0 without a transform.
+        true_bits: Bits per weight, every byte counted.
+        claimed_bits: What the method's paper would claim; equal to `true_bits` for all others.
+        output_error: tr(E H E^T) / tr(W H W^T) with all tokens weighing alike, the bias corrected
+            where the method does so.
+        error_is_held_out: Whether H comes from batches that calibrated nothing.
+        seconds: Time to quantize the layer, without collecting its inputs.
+    """
+
+    name: str
+    n: int
+    k: int
+    method: str
+    planes: tuple[int, ...] | None
+    hadamard_block: int
+    true_bits: float
+    claimed_bits: float
+    output_error: float
+    error_is_held_out: bool
+    seconds: float
+
+
+@dataclass(slots=True)
+class QuantizedModel:
+    """The weights of the quantized layers and the account of all others.
+
+    Attributes:
+        weights: Dotted name -> quantized weight.
+        reports: One per quantized layer, in order of execution.
+        skipped: Dotted name of every other nn.Linear -> why it stays as it is.
+    """
+
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all quantized weights."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    @property
+    def true_bits(self) -> float:
+        """Bytes of all quantized weights, in bits per weight; 0 if there are none."""
+        weights = sum(weight.n * weight.k for weight in self.weights.values())
+        return 8 * self.nbytes / weights if weights else 0.0
+
+
+def quantize_model(
+    vlm: QuantizableModel,
+    batches: Sequence[Batch],
+    config: QuantConfig,
+    progress: Progress | None = None,
+) -> QuantizedModel:
+    """Quantize the linear layers of all blocks, each on the inputs that quantized ones produce.
+
+    Afterwards the layers of `vlm.module` hold the dequantized weights, and biases corrected by
+    `bivlm-edge` for the mean error: the module computes what the packed weights say.
+
+    Args:
+        vlm: The model; modified.
+        batches: Calibration inputs, at least one.
+        config: Method, bits and seed.
+        progress: Called with a layer's name, the layers done and the layers in all.
+
+    Raises:
+        RequestError: no batches, or the budget is below one plane per layer.
+    """
+    result = QuantizedModel(skipped=_skipped(vlm, config.method))
+    if config.method == "none":
+        return result
+    if not batches:
+        raise RequestError("there are no calibration batches. Give at least one.")
+    sequences = vlm.block_sequences()
+    total = len(_linear_layers(vlm.module)) - len(result.skipped)
+    importance: TokenWeights | None = None
+    plans: Mapping[str, Plan] = {}
+    if config.method == "bivlm-edge":
+        importance = token_importance(vlm.module, sequences, batches, config.seed)
+        groups = walk(vlm.module, sequences, batches, importance)
+        plans = _divide_budget(groups, result.skipped, config)
+    for group in walk(vlm.module, sequences, batches, importance):
+        for name, layer in group.layers.items():
+            if name in result.skipped:
+                continue
+            if progress is not None:
+                progress(name, len(result.weights), total)
+            weight, report = _quantize_layer(name, layer, group, config, plans.get(name))
+            result.weights[name] = weight
+            result.reports.append(report)
+    for name in _linear_layers(vlm.module):
+        if name not in result.weights:
+            result.skipped.setdefault(name, "not reached by the calibration inputs")
+    return result
+
+
+def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def _skipped(vlm: QuantizableModel, method: str) -> dict[str, str]:
+    """The linear layers that no method touches, with the reason."""
+    layers = _linear_layers(vlm.module)
+    if method == "none":
+        return dict.fromkeys(layers, "method none: weights stay float")
+    inside = {
+        id(layer)
+        for sequence in vlm.block_sequences()
+        for _, block in sequence.blocks
+        for layer in block.modules()
+    }
+    skipped = {}
+    for name, layer in layers.items():
+        n, k = layer.weight.shape
+        if name.endswith("lm_head"):
+            skipped[name] = "vocabulary: exported at 8 bits"
+        elif id(layer) not in inside:
+            skipped[name] = "outside the blocks that the exported graph runs"
+        elif n < PANEL or k < CHUNK:
+            skipped[name] = (
+                f"too small ({n} x {k}): it would be padded to {PANEL} rows and {CHUNK} columns"
+            )
+    return skipped
+
+
+def _divide_budget(
+    groups: Iterable[LayerGroup], skipped: Mapping[str, str], config: QuantConfig
+) -> dict[str, Plan]:
+    """Planes of every layer, from the float model: one budget for all of them together.
+
+    Raises:
+        RequestError: even one plane per layer exceeds the budget.
+    """
+    candidates: dict[str, list[Plan]] = {}
+    weights = 0
+    for group in groups:
+        for name, layer in group.layers.items():
+            if name in skipped:
+                continue
+            fit = group.weighted.get(name, group.inputs).fit
+            hessian = _hessian(fit, fit, layer)
+            if name in group.weighted:
+                hessian = hessian * fit.weight
+            else:  # no gradient: the relative error is what layers have in common
+                hessian = hessian / max(output_energy(layer.weight, fit.hessian), 1e-30)
+            weights += layer.weight.numel()
+            weight = layer.weight.detach().float()
+            candidates[name] = layer_plans(weight, hessian, _seed(config, group))
+    budget = int(config.bits * weights / 8)
+    plans = allocate(candidates, budget)
+    if plans is None:
+        least = 8 * sum(min(plan.nbytes for plan in found) for found in candidates.values())
+        raise RequestError(
+            f"--bits {config.bits:g} is below what one plane per layer takes in this model. "
+            f"Choose at least {math.ceil(100 * least / weights) / 100:g}."
+        )
+    return plans
+
+
+def _hessian(moments: Moments, fit: Moments, layer: nn.Linear) -> Tensor:
+    """E[x x^T] of `moments`, around the mean of `fit` where the layer's bias takes that up."""
+    return moments.around(fit.mean) if _has_bias(layer) else moments.hessian
+
+
+def _has_bias(layer: nn.Linear) -> bool:
+    return any(name == "bias" for name, _ in layer.named_parameters(recurse=False))
+
+
+def _seed(config: QuantConfig, group: LayerGroup) -> int:
+    """One seed for all layers of a group, so that they share the signs of the transform."""
+    return zlib.crc32(f"{config.seed}:{next(iter(group.layers))}".encode())
+
+
+@torch.no_grad()
+def _quantize_layer(
+    name: str, layer: nn.Linear, group: LayerGroup, config: QuantConfig, plan: Plan | None
+) -> tuple[QuantizedWeight, LayerReport]:
+    """Quantize one layer and leave the result in it."""
+    started = time.perf_counter()
+    weight = layer.weight.detach().float().clone()
+    statistics = group.weighted.get(name, group.inputs)
+    hessian, held_out = statistics.fit.hessian, None
+    corrects_bias = config.method == "bivlm-edge" and _has_bias(layer)
+    if corrects_bias:
+        hessian = statistics.fit.around(statistics.fit.mean)
+    if statistics.held_out is not None:
+        held_out = statistics.held_out.hessian
+        if corrects_bias:
+            held_out = statistics.held_out.around(statistics.fit.mean)
+    quantized = METHODS[config.method](
+        weight,
+        hessian,
+        LayerOptions(
+            name=name,
+            part=group.part,
+            bits=4 if config.method == "nbits4" else config.bits,
+            group=NBITS4_GROUP if config.method == "nbits4" else None,
+            byte_budget=plan.nbytes if plan else None,
+            held_out=held_out,
+            seed=_seed(config, group),
+            n_uns=config.n_uns,
+        ),
+    )
+    rounded = torch.from_numpy(quantized.dequantize())
+    layer.weight.copy_(rounded)
+    judged = group.inputs.held_out or group.inputs.fit
+    moments = judged.hessian
+    if corrects_bias:
+        layer.bias.add_((weight - rounded).double() @ statistics.fit.mean)
+        moments = judged.around(statistics.fit.mean)
+    energy = output_energy(weight, judged.hessian)
+    binary = quantized if isinstance(quantized, BinaryWeight) else None
+    report = LayerReport(
+        name=name,
+        n=quantized.n,
+        k=quantized.k,
+        method=config.method,
+        planes=binary.plane_columns if binary else None,
+        hadamard_block=binary.hadamard_block if binary else 0,
+        true_bits=quantized.true_bits,
+        claimed_bits=getattr(quantized, "claimed_bits", quantized.true_bits),
+        output_error=output_energy(rounded - weight, moments) / max(energy, 1e-30),
+        error_is_held_out=group.inputs.held_out is not None,
+        seconds=time.perf_counter() - started,
+    )
+    return quantized, report

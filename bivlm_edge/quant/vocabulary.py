@@ -1,0 +1,41 @@
+"""The token table and the output head at 8 bits: they are read per token and must stay exact."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bivlm_edge.quant.weights import GroupWeight
+
+BITS = 8
+ZERO = 1 << (BITS - 1)
+_GROUPS = (64, 32, 16)
+
+
+def quantize_table(table: NDArray[np.float32]) -> GroupWeight | None:
+    """Round a token table to symmetric 8-bit codes with one scale per row and group.
+
+    Args:
+        table: float32 ``(vocab, hidden)``.
+
+    Returns:
+        Codes around 128 with the largest group of 64, 32 or 16 that divides hidden, or None where
+        none does.
+    """
+    rows, width = table.shape
+    group = next((group for group in _GROUPS if width % group == 0), None)
+    if group is None:
+        return None
+    blocks = table.reshape(rows, -1, group)
+    scale = (np.abs(blocks).max(axis=-1) / (ZERO - 1)).astype(np.float16)
+    divisor = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)[..., None]
+    codes = np.clip(np.rint(blocks / divisor) + ZERO, 1, 2 * ZERO - 1).astype(np.uint8)
+    return GroupWeight(
+        n=rows,
+        k=width,
+        bits=BITS,
+        group=group,
+        codes=codes.reshape(rows, width),
+        scale=scale,
+        zero=np.full(scale.shape, ZERO, np.uint8),
+    )

@@ -1,0 +1,1 @@
+"""Graphs with the operators `BinaryMatMul` and `TokenPrune` (OPS.md)."""

@@ -1,0 +1,98 @@
+"""The account of an export: bits, bytes and error of every layer, and how it was validated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bivlm_edge.bundle import BundlePaths
+from bivlm_edge.config import ExportConfig
+from bivlm_edge.errors import ValidationError
+from bivlm_edge.export import sizes
+from bivlm_edge.export.validate import Comparison
+from bivlm_edge.models import VisionLanguageModel
+from bivlm_edge.quant.quantizer import QuantizedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Bytes of the graph's tensors, counted before they are written.
+
+    Attributes:
+        operators: Operators with constant weights.
+        tables: What else there is -> bytes.
+    """
+
+    operators: list[sizes.OperatorSize]
+    tables: dict[str, int]
+
+
+def build_report(
+    vlm: VisionLanguageModel,
+    quantized: QuantizedModel,
+    account: Account,
+    comparisons: Sequence[Comparison],
+    staged: BundlePaths,
+    config: ExportConfig,
+) -> dict[str, Any]:
+    """Return the content of export_report.json.
+
+    Raises:
+        ValidationError: A quantized layer is not in the graph.
+    """
+    described = {report.name: report for report in quantized.reports}
+    lost = set(described) - {size.name for size in account.operators}
+    if lost:
+        raise ValidationError(
+            f"{len(lost)} quantized layers do not appear in the graph, the first is "
+            f"{min(lost)}. No file was written; please report this model."
+        )
+    layers = []
+    for size in account.operators:
+        entry: dict[str, Any] = {
+            "name": size.name,
+            "op": size.op,
+            "n": size.n,
+            "k": size.k,
+            "bytes": size.bytes,
+            "true_bits": round(size.true_bits, 4),
+        }
+        if size.name in described:
+            layer = described[size.name]
+            entry |= {
+                "method": layer.method,
+                "planes": None if layer.planes is None else list(layer.planes),
+                "hadamard_block": layer.hadamard_block,
+                "claimed_bits": round(layer.claimed_bits, 4),
+                "output_error": round(layer.output_error, 6),
+            }
+            if size.op == "MatMul":  # DenseWeight: exported as float, for checking only
+                entry["true_bits"] = round(layer.true_bits, 4)
+                entry["op"] = "MatMul (dense stand-in)"
+        layers.append(entry)
+    binary = [size for size in account.operators if size.op == "BinaryMatMul"]
+    linear = [size for size in account.operators if size.name in described]
+    is_stand_in = any(size.op == "MatMul" for size in linear)
+    file_bytes = {
+        "graph": staged.graph.stat().st_size,
+        "data": staged.data.stat().st_size,
+    }
+    parameters = sum(tensor.numel() for tensor in vlm.module.parameters())
+    return {
+        "model": vlm.name,
+        "family": vlm.family.name,
+        "config": config.to_json(),
+        "true_bits_per_weight": _rounded(sizes.true_bits(binary)),
+        "true_bits_all_linear": None if is_stand_in else _rounded(sizes.true_bits(linear)),
+        "file_bits_per_parameter": round(8 * sum(file_bytes.values()) / parameters, 4),
+        "layers": layers,
+        "skipped": quantized.skipped,
+        "tables": [{"what": what, "bytes": size} for what, size in account.tables.items()],
+        "file_bytes": file_bytes,
+        "validation": [asdict(comparison) for comparison in comparisons],
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)

@@ -1,0 +1,292 @@
+"""From a checkpoint to a validated model.onnx: quantize, trace, join, write, compare, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bivlm_edge import custom_ops_library
+from bivlm_edge.bundle import BundlePaths
+from bivlm_edge.calibration.batches import make_batches
+from bivlm_edge.config import ExportConfig, QuantConfig
+from bivlm_edge.datasets import VqaItem
+from bivlm_edge.errors import OutputError, RequestError
+from bivlm_edge.export import assets, data_file, functions, parts, schemas, sizes
+from bivlm_edge.export.export_report import Account, build_report
+from bivlm_edge.export.graph import GraphOptions, join_parts
+from bivlm_edge.export.validate import Sample, validate, ways_to_run
+from bivlm_edge.models import VisionLanguageModel
+from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
+from bivlm_edge.quant.vocabulary import quantize_table
+from bivlm_edge.quant.weights import GroupWeight
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_SAMPLES = 8
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Token table ``(vocab, hidden)`` for the graph, and the head by name if it is quantized."""
+
+    table: GroupWeight | NDArray[np.float32]
+    head: dict[str, GroupWeight]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        paths: The bundle.
+        report: Content of assets/export_report.json.
+    """
+
+    paths: BundlePaths
+    report: dict[str, Any]
+
+
+def export_model(
+    vlm: VisionLanguageModel,
+    items: Sequence[VqaItem],
+    target: Path,
+    config: ExportConfig,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Quantize a checkpoint and write it as one ONNX model.
+
+    Afterwards the float weights of `vlm.module` hold the quantized values.
+
+    Args:
+        vlm: An open checkpoint.
+        items: Pictures and prompts for calibration and validation.
+        target: Path of the graph, ending in .onnx; data and assets are written beside it.
+        config: Options.
+        overwrite: Replace what is there.
+        progress: Called with (what runs, steps done, steps in all).
+
+    Raises:
+        OutputError: The target exists, is not writable, or the disk is full.
+        ValidationError: The graph does not compute what the quantized model computes.
+        UnsupportedModelError: A part cannot be traced or quantized.
+    """
+    paths = check_target(target, overwrite=overwrite)
+    if not items:
+        raise RequestError("no calibration pictures were given; at least one is needed.")
+    if config.quant.method == "bivlm-edge" or config.prune.is_active:
+        custom_ops_library()  # validation needs it: better missed now than after quantizing
+    tell = progress or _tell_nobody
+    started = time.perf_counter()
+    quantized = _quantize(vlm, items, config.quant, tell)
+    vocabulary = _quantize_vocabulary(vlm, quantized)
+    quantized.skipped.update(_tables_in_float(vlm, vocabulary))
+    dtype = torch.float16 if config.dtype == "fp16" else torch.float32
+    weights = {**quantized.weights, **vocabulary.head}
+    with _staging(paths, overwrite=overwrite) as staged:
+        with parts.installed(vlm, weights, dtype):
+            tell("tracing", 0, 2)
+            model = _build_graph(vlm, vocabulary, dtype, config)
+            functions.attach(model, config.fallback)
+            account = Account(sizes.operator_sizes(model), sizes.table_sizes(model))
+            tell("writing", 1, 2)
+            data_file.save(model, staged.graph, paths.data.name)
+        staged.assets.mkdir()
+        assets.write_assets(vlm, staged.assets)
+        has_custom_ops = any(node.domain == schemas.DOMAIN for node in model.graph.all_nodes())
+        assets.write_manifest(vlm, staged, assets.GraphFacts(has_custom_ops, config))
+        tell("validating", 0, 1)
+        samples = _validation_samples(vlm, items)
+        ways = ways_to_run(has_custom_ops, config.fallback)
+        comparisons = validate(staged.graph, vlm, config, samples, ways)
+        report = build_report(vlm, quantized, account, comparisons, staged, config)
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        assets.write_report(report, staged.assets, paths.graph.name)
+    return ExportResult(paths, report)
+
+
+def _tell_nobody(what: str, done: int, total: int) -> None:
+    """Ignore progress."""
+
+
+def check_target(target: Path, *, overwrite: bool) -> BundlePaths:
+    """Check early that the target can be written.
+
+    Raises:
+        RequestError: The name does not end in .onnx.
+        OutputError: The folder is missing or not writable, or something is there already.
+    """
+    if target.suffix != ".onnx":
+        raise RequestError(
+            f"the target '{target}' does not end in .onnx. Try '{target.stem}.onnx'."
+        )
+    paths = BundlePaths(target)
+    if not target.parent.is_dir():
+        raise OutputError(f"the folder '{target.parent}' does not exist. Create it first.")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write into '{target.parent}': {error.strerror}. Choose another folder."
+        ) from error
+    present = [path for path in (paths.graph, paths.data, paths.assets) if path.exists()]
+    if present and not overwrite:
+        names = ", ".join(f"'{path.name}'" for path in present)
+        raise OutputError(
+            f"{names} already exists in '{target.parent}'. Add --overwrite to replace it, "
+            "or choose another name."
+        )
+    return paths
+
+
+def _quantize(
+    vlm: VisionLanguageModel,
+    items: Sequence[VqaItem],
+    options: QuantConfig,
+    tell: Progress,
+) -> QuantizedModel:
+    if options.method == "none":
+        return quantize_model(vlm, [], options)
+    batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
+    return quantize_model(vlm, batches, options, tell)
+
+
+def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) -> Vocabulary:
+    """Round token table and head to 8 bits where the linear layers are quantized.
+
+    The module's own tables get the dequantized values; `quantized.skipped` says what became of
+    the head.
+    """
+    table = vlm.module.get_input_embeddings()
+    head = vlm.module.get_output_embeddings()
+    name = next(name for name, module in vlm.module.named_modules() if module is head)
+    table_weight = quantize_table(table.weight.numpy())
+    head_weight = quantize_table(head.weight.numpy())
+    if not quantized.weights:
+        return Vocabulary(table.weight.numpy(), {})
+    if table_weight is None or head_weight is None:
+        quantized.skipped[name] = "vocabulary: its width is not a multiple of 16; kept in float"
+        return Vocabulary(table.weight.numpy(), {})
+    quantized.skipped[name] = "vocabulary: 8 bits, counted apart (tables)"
+    with torch.no_grad():
+        table.weight.copy_(torch.from_numpy(table_weight.dequantize()))
+        head.weight.copy_(torch.from_numpy(head_weight.dequantize()))
+    return Vocabulary(table_weight, {name: head_weight})
+
+
+def _tables_in_float(vlm: VisionLanguageModel, vocabulary: Vocabulary) -> dict[str, str]:
+    """Return the weights that are no linear layers, with what becomes of them."""
+    table = vlm.module.get_input_embeddings()
+    found = {}
+    for name, module in vlm.module.named_modules():
+        if module is table:
+            is_quantized = isinstance(vocabulary.table, GroupWeight)
+            found[name] = "vocabulary: 8 bits, counted apart (tables)" if is_quantized else "float"
+        elif isinstance(module, nn.Conv2d):
+            found[name] = "convolution of the patches: kept in float"
+        elif isinstance(module, nn.Embedding):
+            found[name] = "position table: kept in float"
+    return found
+
+
+def _validation_samples(vlm: VisionLanguageModel, items: Sequence[VqaItem]) -> list[Sample]:
+    samples = []
+    for item in items[:VALIDATION_SAMPLES]:
+        pixels = torch.from_numpy(vlm.pixels(item.image.open()))[None]
+        ids = vlm.encode(vlm.prompt(item.question))
+        samples.append(Sample(torch.tensor([ids]), pixels))
+    return samples
+
+
+def _build_graph(
+    vlm: VisionLanguageModel, vocabulary: Vocabulary, dtype: torch.dtype, config: ExportConfig
+) -> ir.Model:
+    vision = parts.trace_vision(vlm, dtype, config.opset)
+    decoder = parts.trace_decoder(vlm, dtype, config.opset)
+    options = GraphOptions(
+        image_token_id=vlm.image_token_id,
+        image_tokens=vlm.image_tokens,
+        hidden_size=int(vlm.text_config.hidden_size),
+        pixel_shape=vlm.pixel_shape,
+        dtype=ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT,
+        opset=config.opset,
+        prune=config.prune,
+    )
+    return join_parts(vision, decoder, vocabulary.table, options)
+
+
+@contextlib.contextmanager
+def _staging(paths: BundlePaths, *, overwrite: bool) -> Iterator[BundlePaths]:
+    """Yield a bundle in a hidden folder beside the target; move it into place at the end.
+
+    Whatever goes wrong before the end, an interrupt included, leaves the target as it was.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{paths.graph.name}.", dir=paths.graph.parent))
+    except OSError as error:
+        raise _output_error(paths, error) from error
+    replaced = folder / "replaced"
+    try:
+        staged = BundlePaths(folder / paths.graph.name)
+        yield staged
+        replaced.mkdir()
+        _move_into_place(staged, paths, replaced, overwrite=overwrite)
+        shutil.rmtree(replaced)
+    except OSError as error:
+        raise _output_error(paths, error) from error
+    finally:
+        # What could not be put back stays in `replaced` rather than being deleted.
+        if replaced.is_dir() and any(replaced.iterdir()):
+            logger.error("the old export could not be put back; it lies in '%s'", replaced)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _output_error(paths: BundlePaths, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write '{paths.graph}': {error.strerror or error}. Nothing was changed there. "
+        "Free some space, or choose another folder."
+    )
+
+
+def _move_into_place(
+    staged: BundlePaths, paths: BundlePaths, replaced: Path, *, overwrite: bool
+) -> None:
+    """Rename the three parts, the graph last; put the old ones back if one rename fails."""
+    pairs = [
+        (staged.assets, paths.assets),
+        (staged.data, paths.data),
+        (staged.graph, paths.graph),
+    ]
+    undo: list[tuple[Path, Path]] = []
+    try:
+        for source, destination in pairs:
+            if destination.exists():
+                if not overwrite:
+                    raise OutputError(f"'{destination}' appeared during the export; not replaced.")
+                old = replaced / destination.name
+                undo.append((old, destination))
+                destination.rename(old)
+            undo.append((destination, source))
+            source.rename(destination)
+    except BaseException:
+        for moved, origin in reversed(undo):
+            if moved.exists() and not origin.exists():
+                moved.rename(origin)
+        raise

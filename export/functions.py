@@ -1,0 +1,76 @@
+"""Give a model the functions that stand in for its operators where the library is missing."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from bivlm_edge.config import Fallback
+from bivlm_edge.export import fallback, fallback_prune, schemas
+
+
+def attach(model: ir.Model, kind: Fallback) -> None:
+    """Add one function per distinct configuration and point the nodes' `overload` at it.
+
+    Args:
+        model: Changed in place.
+        kind: "nbits" or "dense" bodies; "none" adds nothing.
+    """
+    if kind == "none":
+        return
+    opset = model.opset_imports[""]
+    for node in model.graph.all_nodes():
+        if node.domain != schemas.DOMAIN:
+            continue
+        if node.op_type == "BinaryMatMul":
+            configuration = _binary_matmul_configuration(node)
+            node.overload = configuration.overload
+            key = (schemas.DOMAIN, node.op_type, node.overload)
+            if key not in model.functions:
+                proto = fallback.binary_matmul_function(configuration, kind, node.overload, opset)
+                model.functions[key] = ir.serde.deserialize_function(proto)
+        elif node.op_type == "TokenPrune":
+            prune = _token_prune_configuration(node)
+            node.overload = prune.overload
+            key = (schemas.DOMAIN, node.op_type, node.overload)
+            if key not in model.functions:
+                proto = fallback_prune.token_prune_function(prune, node.overload, opset)
+                model.functions[key] = ir.serde.deserialize_function(proto)
+
+
+def _binary_matmul_configuration(node: ir.Node) -> fallback.BinaryMatMulConfiguration:
+    inputs = [*node.inputs, None, None][:5]
+    columns = tuple(node.attributes["plane_columns"].as_ints())
+    return fallback.BinaryMatMulConfiguration(
+        k=node.attributes["K"].as_int(),
+        n=node.attributes["N"].as_int(),
+        plane_columns=columns,
+        hadamard_block=node.attributes.get_int("hadamard_block", 0) or 0,
+        signs=inputs[3] is not None,
+        order=_order_kind(inputs[4], columns[0]),
+    )
+
+
+def _order_kind(order: ir.Value | None, padded_columns: int) -> fallback.Order:
+    if order is None:
+        return "none"
+    tensor = order.const_value
+    if tensor is None:
+        raise ValueError(f"order '{order.name}' is not an initializer")
+    return "columns" if tensor.size == padded_columns else "chunks"
+
+
+def _token_prune_configuration(node: ir.Node) -> fallback_prune.TokenPruneConfiguration:
+    inputs = [*node.inputs, None, None, None, None][:5]
+    attributes = node.attributes
+    return fallback_prune.TokenPruneConfiguration(
+        mode=attributes.get_string("mode", "mmr") or "mmr",
+        scores=inputs[1] is not None,
+        segments=inputs[2] is not None,
+        keep=inputs[3] is not None,
+        metric=inputs[4] is not None,
+        lengths=len(node.outputs) > 2,
+        keep_count=attributes["keep_count"].as_int() if "keep_count" in attributes else -1,
+        keep_ratio=attributes["keep_ratio"].as_float() if "keep_ratio" in attributes else -1.0,
+        min_keep=attributes["min_keep"].as_int() if "min_keep" in attributes else 1,
+        theta=attributes["theta"].as_float() if "theta" in attributes else 0.5,
+    )

@@ -1,0 +1,279 @@
+"""Join the traced parts into one graph: embeddings, pictures in an `If`, pruning, decoder."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnx_ir.tape import Tape
+
+from bivlm_edge.config import PruneConfig
+from bivlm_edge.export import schemas
+from bivlm_edge.quant.weights import GroupWeight
+
+IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphOptions:
+    """Facts about the model that the joined graph states.
+
+    Attributes:
+        image_token_id: Placeholder in input_ids.
+        image_tokens: Features of one picture.
+        hidden_size: Width of embeddings and features.
+        pixel_shape: (3, H, W).
+        dtype: Type of activations, FLOAT or FLOAT16.
+        opset: Version of the standard operators.
+        prune: Token pruning.
+    """
+
+    image_token_id: int
+    image_tokens: int
+    hidden_size: int
+    pixel_shape: tuple[int, int, int]
+    dtype: ir.DataType
+    opset: int
+    prune: PruneConfig
+
+
+def join_parts(
+    vision: ir.Model,
+    decoder: ir.Model,
+    embedding: GroupWeight | np.ndarray,
+    options: GraphOptions,
+) -> ir.Model:
+    """Return the whole model; the parts are taken apart and must not be used afterwards.
+
+    Args:
+        vision: pixel_values to features, scores (`parts.trace_vision`).
+        decoder: hidden, position_ids, past to logits, present (`parts.trace_decoder`).
+        embedding: Token table ``(vocab, hidden)``, quantized or float.
+        options: The rest.
+
+    Returns:
+        A model with the inputs and outputs of DESIGN.md 8.
+    """
+    vision_part = _take_apart(vision, "vision")
+    decoder_part = _take_apart(decoder, "decoder")
+    input_ids = _input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+    pixel_values = _input("pixel_values", options.dtype, ["images", *options.pixel_shape])
+    hidden_in, positions_in, *past = decoder_part.inputs
+    position_ids = _input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
+    for value in past:
+        value.name = str(value.name).removeprefix("decoder/")
+
+    main = Tape()
+    embeddings = _embed(main, input_ids, embedding, options.dtype)
+    images = main.op("Shape", [pixel_values], {"start": 0, "end": 1})
+    has_images = main.op("Greater", [main.op("Squeeze", [images]), _scalar(main, 0, "zero")])
+    branches = (
+        _picture_branch(vision_part, pixel_values, input_ids, embeddings, options),
+        _text_branch(input_ids, embeddings),
+    )
+    hidden, kept = main.op_multi_out(
+        "If",
+        [has_images],
+        {"then_branch": branches[0], "else_branch": branches[1]},
+        num_outputs=2,
+        name="pictures",
+    )
+    hidden.dtype, hidden.shape = options.dtype, ir.Shape(["batch", "kept", options.hidden_size])
+    kept.dtype, kept.shape, kept.name = (
+        ir.DataType.INT64,
+        ir.Shape(["batch", "kept"]),
+        "kept_indices",
+    )
+    # Kept tokens keep their own positions: 2-D rotary layouts and distances stay what they were.
+    kept_positions = main.op("GatherElements", [position_ids, kept], {"axis": 1})
+
+    ir.convenience.replace_all_uses_with(hidden_in, hidden)
+    ir.convenience.replace_all_uses_with(positions_in, kept_positions)
+    for value in decoder_part.outputs:
+        value.name = str(value.name).removeprefix("decoder/")
+    graph = ir.Graph(
+        [input_ids, pixel_values, position_ids, *past],
+        [*decoder_part.outputs, kept],
+        nodes=[*main.nodes, *decoder_part.nodes],
+        initializers=[
+            *vision_part.initializers,
+            *main.initializers,
+            *decoder_part.initializers,
+        ],
+        opset_imports={"": options.opset, schemas.DOMAIN: schemas.OPSET_VERSION, MICROSOFT: 1},
+        name="bivlm_edge",
+    )
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="bivlm-edge")
+    return _clean(model)
+
+
+def _embed(
+    tape: Tape,
+    input_ids: ir.Value,
+    embedding: GroupWeight | np.ndarray,
+    dtype: ir.DataType,
+) -> ir.Value:
+    """Look the tokens up: `(batch, sequence, hidden)`."""
+    if isinstance(embedding, GroupWeight):
+        codes = _initializer(tape, embedding.codes[:, : embedding.k], "embedding/codes")
+        scales = _initializer(tape, embedding.scale, "embedding/scales")
+        if dtype == ir.DataType.FLOAT:
+            scales = tape.op("Cast", [scales], {"to": ir.DataType.FLOAT})
+        zero = _initializer(tape, embedding.zero, "embedding/zero_points")
+        return tape.op(
+            "GatherBlockQuantized",
+            [codes, input_ids, scales, zero],
+            {"bits": 8, "block_size": embedding.group, "gather_axis": 0, "quantize_axis": 1},
+            domain=MICROSOFT,
+            name="embedding",
+        )
+    table = _initializer(tape, embedding.astype(dtype.numpy()), "embedding/table")
+    return tape.op("Gather", [table, input_ids], name="embedding")
+
+
+def _picture_branch(
+    vision: _Part,
+    pixel_values: ir.Value,
+    input_ids: ir.Value,
+    embeddings: ir.Value,
+    options: GraphOptions,
+) -> ir.Graph:
+    """Encode the pictures, put their features at the placeholders, drop redundant ones."""
+    ir.convenience.replace_all_uses_with(vision.inputs[0], pixel_values)
+    features, scores = vision.outputs
+    tape = Tape()
+    is_image = tape.op("Equal", [input_ids, _scalar(tape, options.image_token_id, "image_token")])
+    places = tape.op("Transpose", [tape.op("NonZero", [is_image])], {"perm": [1, 0]})
+    rows = tape.op("Reshape", [features, _vector(tape, [-1, options.hidden_size], "row_shape")])
+    merged = tape.op("ScatterND", [embeddings, places, rows], name="merge")
+    if not options.prune.is_active:
+        outputs = [merged, _all_indices(tape, input_ids)]
+    else:
+        flat_scores = tape.op("Reshape", [scores, _vector(tape, [-1], "flat")])
+        no_scores = tape.op(
+            "ConstantOfShape",
+            [tape.op("Shape", [input_ids])],
+            {"value": ir.tensor(np.zeros(1, np.float32))},
+        )
+        row_scores = tape.op("ScatterND", [no_scores, places, flat_scores])
+        count = tape.op("Cast", [is_image], {"to": ir.DataType.INT32})
+        running = tape.op("CumSum", [count, _scalar(tape, 1, "sequence_axis")])
+        minus_one = _scalar(tape, -1, "text_segment", np.int32)
+        before = tape.op("Add", [running, minus_one])
+        image = tape.op(
+            "Div", [before, _scalar(tape, options.image_tokens, "image_tokens", np.int32)]
+        )
+        segments = tape.op("Where", [is_image, image, minus_one])
+        prune = options.prune
+        needs_scores = prune.mode in ("mmr", "maxmin", "topk_score")
+        pruned, kept, _ = tape.op_multi_out(
+            "TokenPrune",
+            [merged, row_scores if needs_scores else None, segments],
+            {
+                "mode": prune.mode,
+                "keep_ratio": prune.keep_ratio,
+                "theta": prune.theta,
+                "seed": prune.seed,
+            },
+            num_outputs=3,
+            domain=schemas.DOMAIN,
+            name="prune",
+        )
+        outputs = [pruned, kept]
+    return ir.Graph(
+        [],
+        outputs,
+        nodes=[*vision.nodes, *tape.nodes],
+        initializers=tape.initializers,
+        name="picture",
+    )
+
+
+def _text_branch(input_ids: ir.Value, embeddings: ir.Value) -> ir.Graph:
+    tape = Tape()
+    outputs = [tape.op("Identity", [embeddings]), _all_indices(tape, input_ids)]
+    return ir.Graph([], outputs, nodes=tape.nodes, initializers=tape.initializers, name="text")
+
+
+def _all_indices(tape: Tape, input_ids: ir.Value) -> ir.Value:
+    """Return 0 .. sequence - 1 in every row: int64 `(batch, sequence)`."""
+    shape = tape.op("Shape", [input_ids])
+    length = tape.op("Squeeze", [tape.op("Shape", [input_ids], {"start": 1, "end": 2})])
+    steps = tape.op("Range", [_scalar(tape, 0, "start"), length, _scalar(tape, 1, "step")])
+    return tape.op("Expand", [steps, shape])
+
+
+def _input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def _initializer(tape: Tape, array: np.ndarray, name: str) -> ir.Value:
+    return tape.initializer(ir.tensor(np.ascontiguousarray(array), name=name), name=name)
+
+
+def _scalar(tape: Tape, value: int, name: str, dtype: type = np.int64) -> ir.Value:
+    return tape.op("Constant", [], {"value": ir.tensor(np.array(value, dtype), name=name)})
+
+
+def _vector(tape: Tape, values: list[int], name: str) -> ir.Value:
+    return tape.op("Constant", [], {"value": ir.tensor(np.array(values, np.int64), name=name)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A traced graph in pieces that belong to no graph."""
+
+    inputs: list[ir.Value]
+    outputs: list[ir.Value]
+    nodes: list[ir.Node]
+    initializers: list[ir.Value]
+
+
+def _take_apart(model: ir.Model, prefix: str) -> _Part:
+    """Return the pieces of a part: values named with a prefix, nodes `module/operator`."""
+    graph = model.graph
+    part = _Part(
+        list(graph.inputs), list(graph.outputs), list(graph), list(graph.initializers.values())
+    )
+    graph.inputs.clear()
+    graph.outputs.clear()
+    graph.initializers.clear()
+    graph.remove(part.nodes)
+    taken: Counter[str] = Counter()
+    for node in part.nodes:
+        name = f"{_module_of(node) or prefix}/{node.op_type}"
+        node.name = f"{name}_{taken[name]}" if taken[name] else name
+        taken[name] += 1
+    outputs = [value for node in part.nodes for value in node.outputs]
+    for value in {*part.inputs, *part.initializers, *outputs}:
+        value.name = f"{prefix}/{value.name}"
+    return part
+
+
+def _module_of(node: ir.Node) -> str:
+    """Return the dotted name of the checkpoint's module that a traced node comes from."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if scopes is None:
+        return ""
+    *modules, _ = ast.literal_eval(scopes)
+    return str(modules[-1]).removeprefix("module.").removeprefix("module") if modules else ""
+
+
+def _clean(model: ir.Model) -> ir.Model:
+    """Drop what is not used and all metadata (the tracer records stack traces and local paths)."""
+    for step in (
+        passes.RemoveUnusedNodesPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.TopologicalSortPass(),
+        passes.NameFixPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        model = step(model).model
+    model.producer_version = None
+    return model

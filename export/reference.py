@@ -1,0 +1,296 @@
+"""The operators of OPS.md in numpy, as plain as the text: float64, no speed, own unpacking.
+
+Every other implementation is tested against this one, so it shares no code with them. The classes
+serve `onnx.reference.ReferenceEvaluator(model, new_ops=[BinaryMatMul, TokenPrune])`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx.reference.op_run import OpRun
+
+from bivlm_edge.export.schemas import DOMAIN
+
+Array = NDArray[Any]
+
+
+class BinaryMatMul(OpRun):
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        x: Array,
+        codes: Array,
+        coefficients: Array,
+        signs: Array | None = None,
+        order: Array | None = None,
+        K: int = 0,  # noqa: N803
+        N: int = 0,  # noqa: N803
+        plane_columns: Sequence[int] = (),
+        hadamard_block: int | None = None,
+        format: int | None = None,
+    ) -> tuple[Array]:
+        if format not in (None, 1):
+            raise ValueError(f"BinaryMatMul: packed format {format}; this reference reads 1")
+        y = binary_matmul(
+            x,
+            codes,
+            coefficients,
+            signs,
+            order,
+            K=K,
+            N=N,
+            plane_columns=plane_columns,
+            hadamard_block=hadamard_block or 0,
+        )
+        return (y.astype(x.dtype),)
+
+
+class TokenPrune(OpRun):
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        hidden: Array,
+        scores: Array | None = None,
+        segments: Array | None = None,
+        keep: Array | None = None,
+        metric: Array | None = None,
+        mode: str | None = None,
+        keep_count: int | None = None,
+        keep_ratio: float | None = None,
+        min_keep: int | None = None,
+        theta: float | None = None,
+        seed: int | None = None,
+    ) -> tuple[Array, ...]:
+        given = {
+            "mode": mode,
+            "keep_count": keep_count,
+            "keep_ratio": keep_ratio,
+            "min_keep": min_keep,
+            "theta": theta,
+            "seed": seed,
+        }
+        attributes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        outputs = token_prune(hidden, scores, segments, keep, metric, **attributes)
+        return outputs[: len(self.onnx_node.output)]
+
+
+def binary_matmul(
+    x: Array,
+    codes: Array,
+    coefficients: Array,
+    signs: Array | None = None,
+    order: Array | None = None,
+    *,
+    K: int,  # noqa: N803
+    N: int,  # noqa: N803
+    plane_columns: Sequence[int],
+    hadamard_block: int = 0,
+) -> NDArray[np.float64]:
+    """Return transform(x) * What^T, `[..., N]`."""
+    weight = unpack(codes, coefficients, N, plane_columns)
+    v = transform(x, signs, order, K, hadamard_block)
+    finite = np.isfinite(x).all(axis=-1, keepdims=True)
+    return np.where(finite, np.where(finite, v, 0.0) @ weight.T, np.nan)
+
+
+def transform(
+    x: Array, signs: Array | None, order: Array | None, k: int, block: int
+) -> NDArray[np.float64]:
+    """Return steps 1 to 3 of `transform`, `[..., Kp]`."""
+    padded_k = -(-k // 64) * 64
+    u = np.zeros((*x.shape[:-1], padded_k))
+    u[..., :k] = x
+    if signs is not None:
+        u *= [1.0 if signs[j // 8] >> (j % 8) & 1 else -1.0 for j in range(padded_k)]
+    if block:
+        matrix = [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+        for start in range(0, padded_k, block):
+            part = slice(start, start + block)
+            with np.errstate(invalid="ignore"):  # an infinity gives NaN, as the operator shall
+                u[..., part] = u[..., part] @ np.array(matrix).T / math.sqrt(block)
+    if order is None:
+        return u
+    width = padded_k // len(order)
+    columns = [int(first) * width + i for first in order for i in range(width)]
+    if sorted(columns) != list(range(padded_k)):
+        raise ValueError("BinaryMatMul: order is not a permutation")
+    return u[..., columns]
+
+
+def unpack(
+    codes: Array, coefficients: Array, n: int, plane_columns: Sequence[int]
+) -> NDArray[np.float64]:
+    """Return What of FORMAT.md, `[n, Kp]`."""
+    weight = np.zeros((len(codes) * 16, plane_columns[0]))
+    byte = slot = chunk = 0
+    for planes in range(len(plane_columns), 0, -1):
+        end_of_class = plane_columns[planes - 1] // 64
+        if chunk == end_of_class:
+            continue
+        while chunk < end_of_class:
+            for plane in range(planes):
+                signs = 2.0 * _chunk_bits(codes[:, byte : byte + 128 * planes], plane, planes) - 1.0
+                alpha = coefficients[:, slot + plane, :].astype(np.float64).reshape(-1, 1)
+                weight[:, 64 * chunk : 64 * chunk + 64] += alpha * signs
+            byte += 128 * planes
+            chunk += 1
+        slot += planes
+    return weight[:n]
+
+
+def _chunk_bits(chunk: Array, plane: int, planes: int) -> Array:
+    """Return the bits of one plane in one chunk, `[rows, 64]`; `chunk`: `[panels, bytes]`."""
+    bits = np.zeros((len(chunk), 16, 64))
+    in_pair = plane + 1 < planes or plane % 2 == 1
+    block = chunk[:, plane // 2 * 256 :]
+    for column in range(64):
+        e = column % 4
+        if in_pair:
+            t, i = column // 16, column % 16 // 4
+            bit = 2 * i + plane % 2
+        else:
+            t, i = column // 32, column % 32 // 4
+            bit = i
+        rows = [64 * t + 4 * r + e for r in range(16)]
+        bits[:, :, column] = block[:, rows] >> bit & 1
+    return bits.reshape(-1, 64)
+
+
+def token_prune(
+    hidden: Array,
+    scores: Array | None = None,
+    segments: Array | None = None,
+    keep: Array | None = None,
+    metric: Array | None = None,
+    *,
+    mode: str = "mmr",
+    keep_count: int = -1,
+    keep_ratio: float = -1.0,
+    min_keep: int = 1,
+    theta: float = 0.5,
+    seed: int = 0,
+) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
+    """Return `pruned`, `kept_indices` and `lengths`."""
+    if mode not in ("topk_score", "maxmin", "mmr", "uniform", "random", "none"):
+        raise ValueError(f"TokenPrune: mode '{mode}' is not in the list")
+    if scores is None and mode in ("topk_score", "mmr"):
+        raise ValueError(f"TokenPrune: mode '{mode}' needs scores")
+    if keep_count < -1:
+        raise ValueError(f"TokenPrune: keep_count is {keep_count}")
+    if not (keep_ratio == -1 or 0 <= keep_ratio <= 1) or not 0 <= theta <= 1:
+        raise ValueError(f"TokenPrune: keep_ratio {keep_ratio} or theta {theta} outside 0..1")
+    wanted = None if keep is None else int(np.asarray(keep).reshape(()))
+    if wanted is not None and wanted < 0:
+        raise ValueError(f"TokenPrune: keep is {wanted}")
+    batch, tokens, width = hidden.shape
+    groups = np.zeros((batch, tokens), dtype=np.int64) if segments is None else segments
+    if (groups < -2).any():
+        raise ValueError("TokenPrune: a segment id is below -2")
+    features = hidden if metric is None else metric
+
+    rows: list[list[int]] = []
+    for b in range(batch):
+        kept = [t for t in range(tokens) if groups[b, t] == -1]
+        for g in sorted({int(group) for group in groups[b] if group >= 0}):
+            members = np.flatnonzero(groups[b] == g)
+            k = _count(len(members), wanted, keep_count, keep_ratio, min_keep, mode)
+            s = None if scores is None else scores[b, members].astype(np.float32)
+            chosen = _select(mode, k, s, features[b, members], theta, seed, g)
+            kept += [int(members[t]) for t in chosen]
+        rows.append(sorted(kept))
+
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    longest = int(lengths.max(initial=0))
+    pruned = np.zeros((batch, longest, width), dtype=hidden.dtype)
+    indices = np.zeros((batch, longest), dtype=np.int64)
+    for b, row in enumerate(rows):
+        pruned[b, : len(row)] = hidden[b, row]
+        indices[b, : len(row)] = row
+    return pruned, indices, lengths
+
+
+def _count(
+    n: int, keep: int | None, keep_count: int, keep_ratio: float, min_keep: int, mode: str
+) -> int:
+    if mode == "none":
+        return n
+    if keep is not None:
+        return min(n, keep)
+    if keep_count != -1:
+        return min(n, max(min_keep, keep_count))
+    if keep_ratio != -1:
+        return min(n, max(min_keep, math.ceil(n * float(np.float32(keep_ratio)) - 1e-6)))
+    return n
+
+
+def _select(
+    mode: str, k: int, scores: Array | None, metric: Array, theta: float, seed: int, group: int
+) -> Sequence[int]:
+    """Return k positions inside a segment."""
+    n = len(metric)
+    if k == n:
+        return range(n)
+    if scores is not None and mode in ("topk_score", "mmr", "maxmin"):
+        if np.isnan(scores).all():
+            mode = "uniform"
+        scores = np.where(np.isnan(scores), -np.inf, scores)
+    if mode == "uniform":
+        return [(2 * i + 1) * n // (2 * k) for i in range(k)]
+    if mode == "random":
+        key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+        return _largest([philox4x32_10((t, group, 0, 0), key)[0] for t in range(n)], k)
+    if mode == "topk_score":
+        assert scores is not None
+        return _largest(scores.tolist(), k)
+    return _greedy(mode, k, scores, metric.astype(np.float64), theta)
+
+
+def _largest(values: Sequence[float], k: int) -> list[int]:
+    return sorted(range(len(values)), key=lambda t: (-values[t], t))[:k]
+
+
+def _greedy(mode: str, k: int, scores: Array | None, metric: Array, theta: float) -> list[int]:
+    finite = np.where(np.isfinite(metric).all(axis=1, keepdims=True), metric, 0.0)
+    squares = (finite**2).sum(axis=1)
+    rows = finite / np.sqrt(np.where(squares > 0, squares, 1.0))[:, None]
+    similarity = rows @ rows.T
+    if mode == "mmr":
+        assert scores is not None
+        first = relevance = _relevance(scores.astype(np.float64))
+        weight = theta
+    else:
+        first = squares if scores is None else scores
+        relevance, weight = np.zeros(len(rows)), 0.0
+    chosen = _largest(first.tolist(), min(k, 1))
+    while len(chosen) < k:
+        gain = weight * relevance - (1 - weight) * similarity[:, chosen].max(axis=1)
+        gain[chosen] = -np.inf
+        chosen.append(int(np.argmax(gain)))
+    return chosen
+
+
+def _relevance(scores: Array) -> Array:
+    """Return z of `mmr`: the scores moved to 0..1."""
+    finite = scores[np.isfinite(scores)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+    z = np.full(len(scores), 0.5) if high == low else (scores - low) / (high - low)
+    return np.where(scores == np.inf, 1.0, np.where(scores == -np.inf, 0.0, z))
+
+
+def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 (J. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011)."""
+    a, b, c, d = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * a, 1 << 32)
+        high1, low1 = divmod(0xCD9E8D57 * c, 1 << 32)
+        a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return a, b, c, d

@@ -1,0 +1,251 @@
+"""ONNX schemas of the operators in OPS.md, and of the one ONNX Runtime operator that we emit.
+
+`register()` makes them known to `onnx` (checker, shape inference) and to onnxscript and the torch
+exporter, which refuse to emit a node without one. ONNX Runtime does not see them: its schemas come
+from the operator library. Values of attributes and inputs are checked there, too; here only what
+follows from types and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from onnx import AttributeProto, TensorProto, TypeProto, defs, helper
+from onnx.shape_inference import InferenceContext, InferenceError
+
+DOMAIN = "ai.bivlm"
+OPSET_VERSION = 1
+MICROSOFT_DOMAIN = "com.microsoft"
+
+PRUNE_MODES = ("topk_score", "maxmin", "mmr", "uniform", "random", "none")
+
+_Dim = int | str | None
+_Parameter = defs.OpSchema.FormalParameter
+_Attribute = defs.OpSchema.Attribute
+_AttrType = defs.OpSchema.AttrType
+_FLOATS = ["tensor(float)", "tensor(float16)"]
+
+
+def register() -> None:
+    """Register the three schemas with `onnx.defs`; a second call does nothing."""
+    for schema in (_binary_matmul_schema(), _token_prune_schema(), _matmul_nbits_schema()):
+        if not defs.has(schema.name, schema.domain):
+            defs.register_schema(schema)
+
+
+def _binary_matmul_schema() -> defs.OpSchema:
+    schema = defs.OpSchema(
+        "BinaryMatMul",
+        DOMAIN,
+        OPSET_VERSION,
+        doc=(
+            "Y = transform(X) * What^T, What a sum of one to four sign planes with coefficients "
+            "per row, packed as FORMAT.md says. transform: pad with zeros to a multiple of 64; "
+            "signs and a block Hadamard matrix; reorder the columns. The numbers: OPS.md."
+        ),
+        inputs=[
+            _Parameter("X", "T", "activations [..., K]"),
+            _Parameter("codes", "tensor(uint8)", "sign bits [Np/16, 2 * sum(plane_columns)]"),
+            _Parameter("coefficients", "tensor(float16)", "[Np/16, coefficients per row, 16]"),
+            _optional("signs", "tensor(uint8)", "[Kp/8]; only with hadamard_block > 0"),
+            _optional("order", "tensor(uint16)", "permutation of columns [Kp] or chunks [Kp/64]"),
+        ],
+        outputs=[_Parameter("Y", "T", "[..., N]")],
+        type_constraints=[("T", _FLOATS, "float32 or float16")],
+        attributes=[
+            _Attribute("K", _AttrType.INT, "input features, without padding"),
+            _Attribute("N", _AttrType.INT, "output features, without padding"),
+            _Attribute("plane_columns", _AttrType.INTS, "columns that plane 0, 1, .. covers"),
+            _default("hadamard_block", 0, "0, 64 or 128"),
+            _default("format", 1, "number of the packed format"),
+        ],
+    )
+    schema.set_type_and_shape_inference_function(_reported("BinaryMatMul", _infer_binary_matmul))
+    return schema
+
+
+def _token_prune_schema() -> defs.OpSchema:
+    schema = defs.OpSchema(
+        "TokenPrune",
+        DOMAIN,
+        OPSET_VERSION,
+        doc=(
+            "Drops prunable tokens, keeps the order of the rest, never drops text. How many tokens "
+            "of a segment stay, and which ones in each mode: OPS.md."
+        ),
+        inputs=[
+            _Parameter("hidden", "T", "[B, S, D]"),
+            _optional("scores", "tensor(float)", "[B, S]"),
+            _optional("segments", "tensor(int32)", "[B, S]: >= 0 image, -1 text, -2 padding"),
+            _optional("keep", "tensor(int64)", "one element: tokens to keep per segment"),
+            _optional("metric", "T", "[B, S, Dm] features for similarity; default hidden"),
+        ],
+        outputs=[
+            _Parameter("pruned", "T", "[B, S', D], padded with 0 on the right"),
+            _Parameter("kept_indices", "tensor(int64)", "[B, S'], padded with 0"),
+            _optional("lengths", "tensor(int64)", "[B]: tokens kept"),
+        ],
+        type_constraints=[("T", _FLOATS, "float32 or float16")],
+        attributes=[
+            _default("mode", "mmr", ", ".join(PRUNE_MODES)),
+            _default("keep_count", -1, "tokens per segment; before keep_ratio"),
+            _default("keep_ratio", -1.0, "fraction of a segment"),
+            _default("min_keep", 1, "lower bound for keep_count and keep_ratio"),
+            _default("theta", 0.5, "mmr: weight of the score against similarity"),
+            _default("seed", 0, "random"),
+        ],
+    )
+    schema.set_type_and_shape_inference_function(_reported("TokenPrune", _infer_token_prune))
+    return schema
+
+
+def _matmul_nbits_schema() -> defs.OpSchema:
+    schema = defs.OpSchema(
+        "MatMulNBits",
+        MICROSOFT_DOMAIN,
+        1,
+        doc="ONNX Runtime's product with a block-quantized weight; the part of it that we emit.",
+        inputs=[
+            _Parameter("A", "T1", "[..., K]"),
+            _Parameter("B", "T2", "codes [N, K / block_size, block_size * bits / 8]"),
+            _Parameter("scales", "T1", "[N, K / block_size]"),
+            _optional("zero_points", "T3", "default 2^(bits - 1)"),
+            _optional("g_idx", "tensor(int32)", "[K]"),
+            _optional("bias", "T1", "[N]"),
+        ],
+        outputs=[_Parameter("Y", "T1", "[..., N]")],
+        type_constraints=[
+            ("T1", [*_FLOATS, "tensor(bfloat16)"], "activations"),
+            ("T2", ["tensor(uint8)", "tensor(int32)"], "codes"),
+            ("T3", ["tensor(uint8)", *_FLOATS, "tensor(bfloat16)"], "zero points"),
+        ],
+        attributes=[
+            _Attribute("K", _AttrType.INT, "input features"),
+            _Attribute("N", _AttrType.INT, "output features"),
+            _default("bits", 4, "bits per code"),
+            _Attribute("block_size", _AttrType.INT, "input features per scale"),
+            _default("accuracy_level", 0, "4: activations are rounded to int8"),
+        ],
+    )
+    schema.set_type_and_shape_inference_function(_reported("MatMulNBits", _infer_matmul))
+    return schema
+
+
+def _optional(name: str, type_: str, description: str) -> _Parameter:
+    option = defs.OpSchema.FormalParameterOption.Optional
+    return _Parameter(name, type_, description, param_option=option)
+
+
+def _default(name: str, value: int | float | str, description: str) -> _Attribute:
+    return _Attribute(name, helper.make_attribute(name, value), description)
+
+
+def _reported(
+    operator: str, infer: Callable[[InferenceContext], None]
+) -> Callable[[InferenceContext], None]:
+    """Let errors name the operator and its node."""
+
+    def inference(context: InferenceContext) -> None:
+        try:
+            infer(context)
+        except InferenceError as error:
+            raise InferenceError(f"{operator}: {error}") from error
+
+    return inference
+
+
+def _infer_matmul(context: InferenceContext) -> None:
+    """[..., K] -> [..., N]."""
+    k, n = _attribute(context, "K").i, _attribute(context, "N").i
+    x = _dims(context, 0)
+    if x is not None:
+        if not x:
+            raise InferenceError("its first input is a scalar; it needs at least one axis")
+        _require_dim(x[-1], k, "the last axis of its first input", f"K = {k}")
+        x = [*x[:-1], n]
+    _set_output(context, 0, _element(context), x)
+
+
+def _infer_binary_matmul(context: InferenceContext) -> None:
+    k, n = _attribute(context, "K").i, _attribute(context, "N").i
+    columns = list(_attribute(context, "plane_columns").ints)
+    padded_k, panels = -(-k // 64) * 64, -(-n // 16)
+    bounds = [*columns, 0]
+    slots = sum(c for c in range(1, len(bounds)) if bounds[c - 1] > bounds[c])
+    for index, name, shape in (
+        (1, "codes", [panels, 2 * sum(columns)]),
+        (2, "coefficients", [panels, slots, 16]),
+        (3, "signs", [padded_k // 8]),
+    ):
+        dims = _dims(context, index)
+        if dims is None:
+            continue
+        if len(dims) != len(shape):
+            raise InferenceError(f"{name} has shape {dims}; K, N and plane_columns need {shape}")
+        for dim, wanted in zip(dims, shape, strict=True):
+            _require_dim(dim, wanted, f"an axis of {name} {dims}", f"the shape {shape}")
+    _infer_matmul(context)
+
+
+def _infer_token_prune(context: InferenceContext) -> None:
+    given = _given(context, "mode")
+    mode = given.s.decode() if given else "mmr"
+    if mode not in PRUNE_MODES:
+        raise InferenceError(f"mode '{mode}' is none of {', '.join(PRUNE_MODES)}")
+    if mode in ("topk_score", "mmr") and not context.has_input(1):
+        raise InferenceError(f"mode '{mode}' needs the input 'scores'")
+    hidden = _dims(context, 0)
+    if hidden is not None and len(hidden) != 3:
+        raise InferenceError(f"hidden has shape {hidden}; it needs three axes [B, S, D]")
+    batch, width = (hidden[0], hidden[2]) if hidden is not None else (None, None)
+    _set_output(context, 0, _element(context), [batch, None, width])
+    _set_output(context, 1, TensorProto.INT64, [batch, None])
+    if context.get_num_outputs() > 2:
+        _set_output(context, 2, TensorProto.INT64, [batch])
+
+
+def _given(context: InferenceContext, name: str) -> AttributeProto | None:
+    """Return an attribute of the node, or None where it is left to its default."""
+    return context.get_attribute(name)  # the stub of onnx 1.23 leaves the None out
+
+
+def _attribute(context: InferenceContext, name: str) -> AttributeProto:
+    attribute = _given(context, name)
+    if attribute is None:
+        raise InferenceError(f"its attribute {name} is missing")
+    return attribute
+
+
+def _input_type(context: InferenceContext, index: int) -> TypeProto | None:
+    """Return the type of an input, or None where it is absent or not known."""
+    if index >= context.get_num_inputs() or not context.has_input(index):
+        return None
+    return context.get_input_type(index)
+
+
+def _element(context: InferenceContext) -> int:
+    kind = _input_type(context, 0)
+    return kind.tensor_type.elem_type if kind else TensorProto.UNDEFINED
+
+
+def _dims(context: InferenceContext, index: int) -> list[_Dim] | None:
+    """Return the dimensions of an input, or None where it is absent or its rank is unknown."""
+    kind = _input_type(context, index)
+    if kind is None or not kind.tensor_type.HasField("shape"):
+        return None
+    return [
+        dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None)
+        for dim in kind.tensor_type.shape.dim
+    ]
+
+
+def _require_dim(dim: _Dim, wanted: int, what: str, why: str) -> None:
+    if isinstance(dim, int) and dim != wanted:
+        raise InferenceError(f"{what} is {dim}; {why} needs {wanted}")
+
+
+def _set_output(
+    context: InferenceContext, index: int, element: int, dims: Sequence[_Dim] | None
+) -> None:
+    if element != TensorProto.UNDEFINED:
+        context.set_output_type(index, helper.make_tensor_type_proto(element, dims))

@@ -1,0 +1,280 @@
+"""Compare an exported graph with the quantized model in torch before it gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
+from torch import Tensor
+
+from bivlm_edge import custom_ops_library
+from bivlm_edge.config import ExportConfig
+from bivlm_edge.errors import ValidationError
+from bivlm_edge.export import reference
+from bivlm_edge.export.parts import DecoderPart, kv_geometry, token_scores
+from bivlm_edge.models import VisionLanguageModel
+
+NEW_TOKENS = 4
+# Relative error of the logits (L2 over a step) that a correct export stays under. Int8 activations
+# of BinaryMatMul cost about 0.6 % per layer and add up over the depth; float graphs differ only by
+# the order of summation (float32) or by rounding to 11 bits (float16).
+BOUNDS = {("none", "fp32"): 1e-3, ("none", "fp16"): 5e-2}
+QUANTIZED_BOUND = 0.15
+# Int8 rounding moves features by about 1 %, which tips near-ties of the selection.
+MIN_KEPT_SAME = 0.9
+RUNTIME_ERRORS = (
+    runtime_errors.Fail,
+    runtime_errors.InvalidGraph,
+    runtime_errors.InvalidArgument,
+    runtime_errors.NotImplemented,
+    runtime_errors.RuntimeException,
+    runtime_errors.InvalidProtobuf,
+    runtime_errors.NoSuchFile,
+    runtime_errors.EPFail,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt with its picture: input_ids int64 ``(1, S)``, pixels float32 ``(1, 3, H, W)``."""
+
+    input_ids: Tensor
+    pixel_values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How one way of running the file compares with torch.
+
+    Attributes:
+        runtime: "onnxruntime with the library" or "onnxruntime without the library".
+        logits_error: Largest relative L2 error of a step's logits.
+        bound: What it had to stay under.
+        tokens: Greedy tokens compared.
+        near_ties: Tokens that differ where torch's own two best are closer than the measured
+            error of that step.
+        kept_same: Share of the tokens kept by pruning that torch keeps too.
+    """
+
+    runtime: str
+    logits_error: float
+    bound: float
+    tokens: int
+    near_ties: int
+    kept_same: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    logits: NDArray[np.float32]  # (steps, vocab)
+    kept: NDArray[np.int64]
+    tokens: list[int]
+
+
+class TorchOracle:
+    """The quantized model in torch, pruning included: prefill and greedy decoding."""
+
+    def __init__(self, vlm: VisionLanguageModel, config: ExportConfig) -> None:
+        self._vlm = vlm
+        self._prune = config.prune
+        self._decoder = DecoderPart(vlm).eval()
+
+    @torch.no_grad()
+    def kept(self, sample: Sample) -> NDArray[np.int64]:
+        """Return the positions that pruning keeps."""
+        if not self._prune.is_active:
+            return np.arange(sample.input_ids.shape[1])
+        merged, is_image, features = self._merge(sample)
+        scores = torch.zeros(is_image.shape)
+        scores[is_image] = token_scores(features).reshape(-1)
+        image = (is_image.cumsum(1) - 1) // self._vlm.image_tokens
+        _, indices, _ = reference.token_prune(
+            merged.numpy(),
+            scores=scores.numpy(),
+            segments=torch.where(is_image, image, -1).int().numpy(),
+            mode=self._prune.mode,
+            keep_ratio=self._prune.keep_ratio,
+            theta=self._prune.theta,
+            seed=self._prune.seed,
+        )
+        return cast("NDArray[np.int64]", indices[0])
+
+    @torch.no_grad()
+    def run(
+        self, sample: Sample, kept: NDArray[np.int64], tokens: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Return the logits of each step, ``(steps, vocab)``: prefill, then given tokens.
+
+        Args:
+            sample: Prompt and picture.
+            kept: Positions that reach the decoder.
+            tokens: One per step; all but the last are fed.
+        """
+        hidden = self._merge(sample)[0][:, kept]
+        layers, heads, width = kv_geometry(self._vlm)
+        past = [torch.zeros(1, heads, 0, width) for _ in range(2 * layers)]
+        positions = torch.from_numpy(kept)[None]
+        length = sample.input_ids.shape[1]
+        embed = self._vlm.module.get_input_embeddings()
+        logits = []
+        for step, token in enumerate(tokens):
+            scores, past = self._decoder(hidden, positions, past)
+            logits.append(scores[0, -1].numpy())
+            hidden = embed(torch.tensor([[token]]))
+            positions = torch.tensor([[length + step]])
+        return np.stack(logits)
+
+    def _merge(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+        """Return embeddings with the picture in them, where it is, and its features."""
+        embeddings = self._vlm.module.get_input_embeddings()(sample.input_ids)
+        is_image = sample.input_ids == self._vlm.image_token_id
+        features = self._vlm.image_features(sample.pixel_values)
+        rows = features.reshape(-1, features.shape[-1])
+        return embeddings.masked_scatter(is_image[..., None], rows), is_image, features
+
+
+class OnnxRunner:
+    """One session on the exported file, fed by name."""
+
+    def __init__(self, path: Path, *, with_library: bool) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if with_library:
+            options.register_custom_ops_library(custom_ops_library())
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        pixels = inputs["pixel_values"]
+        self._dtype = np.float16 if pixels.type == "tensor(float16)" else np.float32
+        self._no_pixels = np.zeros((0, *pixels.shape[1:]), self._dtype)
+        self._no_past = {
+            name: np.zeros((1, value.shape[1], 0, value.shape[3]), self._dtype)
+            for name, value in inputs.items()
+            if name.startswith("past_key_values.")
+        }
+
+    def run(self, sample: Sample, steps: int) -> _Run:
+        """Prefill and decode greedily."""
+        length = sample.input_ids.shape[1]
+        feed: dict[str, Any] = {
+            "input_ids": sample.input_ids.numpy(),
+            "pixel_values": sample.pixel_values.numpy().astype(self._dtype),
+            "position_ids": np.arange(length)[None],
+            **self._no_past,
+        }
+        logits, tokens = [], []
+        kept = np.zeros(0, np.int64)
+        for step in range(steps):
+            found = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
+            logits.append(found["logits"][0, -1].astype(np.float32))
+            tokens.append(int(logits[-1].argmax()))
+            if step == 0:
+                kept = found["kept_indices"][0]
+            feed = {
+                "input_ids": np.array([[tokens[-1]]]),
+                "pixel_values": self._no_pixels,
+                "position_ids": np.array([[length + step]]),
+            }
+            for name in self._no_past:
+                feed[name] = found[name.replace("past_key_values.", "present.")]
+        return _Run(np.stack(logits), kept, tokens)
+
+
+def ways_to_run(has_custom_ops: bool, fallback: str) -> dict[str, bool]:
+    """Return the names of the ways to run a file, and whether each registers the library."""
+    if not has_custom_ops:
+        return {"onnxruntime": False}
+    ways = {"onnxruntime with the library": True}
+    if fallback != "none":
+        ways["onnxruntime without the library"] = False
+    return ways
+
+
+def validate(
+    path: Path,
+    vlm: VisionLanguageModel,
+    config: ExportConfig,
+    samples: Sequence[Sample],
+    ways: Mapping[str, bool],
+) -> list[Comparison]:
+    """Run the file in each way against torch.
+
+    Each way decodes greedily; torch then computes the logits for the same kept image tokens and
+    the same tokens, so that one rounding that tips a tie is seen as what it is.
+
+    Args:
+        path: The graph; its data file lies beside it.
+        vlm: The quantized model: its float weights hold the dequantized values.
+        config: How the file was made.
+        samples: Real prompts and pictures; each is prefilled and NEW_TOKENS are decoded.
+        ways: As `ways_to_run` gives them.
+
+    Raises:
+        ValidationError: A run fails, its logits leave the bound, a greedy token differs from
+            torch's that is not a near-tie, or too many kept image tokens differ.
+    """
+    oracle = TorchOracle(vlm, config)
+    bound = BOUNDS.get((config.quant.method, config.dtype), QUANTIZED_BOUND)
+    comparisons = []
+    for name, with_library in ways.items():
+        try:
+            runner = OnnxRunner(path, with_library=with_library)
+            runs = [runner.run(sample, NEW_TOKENS) for sample in samples]
+        except RUNTIME_ERRORS as error:
+            raise ValidationError(f"{name} cannot run the exported graph: {error}") from error
+        comparisons.append(_compare(name, runs, samples, oracle, bound))
+    return comparisons
+
+
+def _compare(
+    name: str, runs: Sequence[_Run], samples: Sequence[Sample], oracle: TorchOracle, bound: float
+) -> Comparison:
+    worst, near_ties, tokens = 0.0, 0, 0
+    kept_same = kept_all = 0
+    for index, (run, sample) in enumerate(zip(runs, samples, strict=True)):
+        kept = oracle.kept(sample)
+        if len(kept) != len(run.kept):
+            raise ValidationError(
+                f"{name} keeps {len(run.kept)} tokens of sample {index}, torch keeps {len(kept)}. "
+                "No file was written."
+            )
+        kept_same += len(np.intersect1d(kept, run.kept))
+        kept_all += len(kept)
+        logits = oracle.run(sample, run.kept, run.tokens)
+        spread = np.linalg.norm(logits - logits.mean(axis=1, keepdims=True), axis=1)
+        errors = np.linalg.norm(run.logits - logits, axis=1) / spread
+        if not errors.max() <= bound:  # also catches NaN
+            raise ValidationError(
+                f"{name}: logits of sample {index}, step {int(errors.argmax())} differ from torch "
+                f"by {errors.max():.2e} of their spread; the bound is {bound:.0e}. "
+                "No file was written."
+            )
+        worst = max(worst, float(errors.max()))
+        for step, (token, row) in enumerate(zip(run.tokens, logits, strict=True)):
+            tokens += 1
+            if token == row.argmax():
+                continue
+            # two logits that both moved by no more than this step's own error can change places
+            margin = float(row.max() - row[token])
+            if margin > 2 * errors[step] * spread[step]:
+                raise ValidationError(
+                    f"{name}: sample {index}, step {step}: token {token} instead of torch's "
+                    f"{int(row.argmax())} (margin {margin:.3f}). No file was written."
+                )
+            near_ties += 1
+    same = kept_same / kept_all
+    if same < MIN_KEPT_SAME:
+        raise ValidationError(
+            f"{name} and torch agree on only {same:.0%} of the tokens that pruning keeps; "
+            f"{MIN_KEPT_SAME:.0%} are expected. No file was written."
+        )
+    return Comparison(name, worst, bound, tokens, near_ties, same)

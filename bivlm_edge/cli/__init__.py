@@ -1,0 +1,1 @@
+"""The commands: arguments to one function call each, results and errors to text."""

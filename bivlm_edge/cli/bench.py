@@ -1,0 +1,135 @@
+"""bivlm-bench: time and memory of a model, alone or against others."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image
+
+from bivlm_edge import report
+from bivlm_edge.bundle import BundlePaths, read_manifest
+from bivlm_edge.cli.common import (
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    NoCustomOpsOption,
+    ThreadsOption,
+    command_errors,
+    new_app,
+    progress,
+    show,
+    show_json,
+)
+from bivlm_edge.errors import DataError
+from bivlm_edge.runtime.bench_worker import Job
+from bivlm_edge.runtime.benchmark import Contender, benchmark
+
+_PICTURE_SIZE = (640, 480)
+
+app = new_app()
+
+
+@app.command()
+@command_errors("bivlm-bench")
+def run(
+    model: ModelArgument,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="Another model to measure in turn; may be repeated."),
+    ] = None,
+    compare_fallback: Annotated[
+        bool,
+        typer.Option("--compare-fallback", help="Also measure MODEL without the kernel library."),
+    ] = False,
+    image: Annotated[
+        str | None,
+        typer.Option("--image", help="A picture. [default: a made-up JPEG of 640 x 480]"),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="The question.")
+    ] = "what is shown in the picture?",
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", help="Tokens per answer; end tokens are ignored.")
+    ] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", help="Measured rounds.")] = 10,
+    warmups: Annotated[int, typer.Option("--warmups", help="Rounds before, not counted.")] = 2,
+    no_custom_ops: NoCustomOpsOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    _debug: DebugOption = False,
+) -> None:
+    """Measure load time, first token, prefill, decode and memory in fresh processes.
+
+    Prints tables, then one line of JSON. With --compare the models take turns
+    and ratios are taken within each round: a slow moment of the machine hits
+    all alike.
+
+    Examples:
+      bivlm-bench model.onnx
+      bivlm-bench model.onnx --compare fp32.onnx --threads 1 --json
+    """
+    for path in (model, *(compare or [])):
+        read_manifest(BundlePaths(Path(path)))
+    with _picture(image) as picture:
+        contenders = [
+            Contender(label, Job(path, picture, prompt, new_tokens, threads, custom_ops))
+            for label, path, custom_ops in _entries(
+                model, compare or [], compare_fallback, custom_ops=not no_custom_ops
+            )
+        ]
+        total = (warmups + repeats) * len(contenders)
+        with progress("measurements", total) as on_progress:
+            result = benchmark(
+                contenders, repeats=repeats, warmups=warmups, on_progress=on_progress
+            )
+    if not as_json:
+        show(*report.benchmark_tables(result))
+    show_json(result)
+
+
+def _entries(
+    model: str, compare: list[str], compare_fallback: bool, *, custom_ops: bool
+) -> list[tuple[str, str, bool]]:
+    """Label, path and use of the library of each contender."""
+    paths = [model, *compare]
+    entries = [(_label(path, paths), path, custom_ops) for path in paths]
+    if compare_fallback:
+        entries.insert(1, (f"{_label(model, paths)} (fallback)", model, False))
+    return entries
+
+
+def _label(path: str, paths: list[str]) -> str:
+    """The name of the file, with its folder if another file has the same name."""
+    resolved = Path(path).resolve()
+    same_name = {Path(other).resolve() for other in paths if Path(other).stem == resolved.stem}
+    return resolved.stem if len(same_name) == 1 else f"{resolved.parent.name}/{resolved.stem}"
+
+
+@contextmanager
+def _picture(image: str | None) -> Iterator[str]:
+    """The path of the picture to ask about: the given one, or made-up colours in a JPEG."""
+    if image is not None:
+        if not Path(image).is_file():
+            raise DataError(f"the picture '{image}' does not exist. Give the path of a file.")
+        yield str(Path(image).resolve())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.jpg"
+        patches = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(patches).resize(_PICTURE_SIZE, Image.Resampling.BICUBIC).save(path)
+        yield str(path)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

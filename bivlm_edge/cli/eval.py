@@ -1,0 +1,122 @@
+"""bivlm-eval: accuracy on questions with known answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from bivlm_edge import report
+from bivlm_edge.cli.common import (
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    NoCustomOpsOption,
+    ThreadsOption,
+    command_errors,
+    new_app,
+    progress,
+    show,
+    show_json,
+)
+from bivlm_edge.datasets import Split, VqaItem, load_easy_vqa, load_jsonl
+from bivlm_edge.errors import RequestError
+from bivlm_edge.runtime import Answerer, load
+from bivlm_edge.runtime.evaluate import Evaluation, Score, evaluate
+
+EASY_VQA = "easy-vqa"
+SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
+
+app = new_app()
+
+
+@app.command()
+@command_errors("bivlm-eval")
+def run(
+    model: ModelArgument,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="easy-vqa, or a file of JSON lines with image, question and answer.",
+        ),
+    ],
+    split: Annotated[
+        str, typer.Option("--split", help="Split of easy-vqa: train or test.")
+    ] = "test",
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Ask only the first questions. [default: all]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", help="Longest answer. [default: the model's own]"),
+    ] = None,
+    no_custom_ops: NoCustomOpsOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    _debug: DebugOption = False,
+) -> None:
+    """Measure how often a model answers exactly as expected.
+
+    Answers are compared stripped and in lower case. Prints a table, then one
+    line of JSON; the intervals are 95 % Wilson score intervals.
+
+    Examples:
+      bivlm-eval model.onnx --data easy-vqa
+      bivlm-eval model.onnx --data mine.jsonl --limit 100 --json
+    """
+    if limit is not None and limit < 1:
+        raise RequestError(f"--limit {limit} leaves no question to ask. Give 1 or more.")
+    answerer = Answerer(load(model, custom_ops=not no_custom_ops, threads=threads))
+    items = _items(data, split)[:limit]
+    with progress("questions", len(items)) as on_progress:
+        found = evaluate(answerer, items, max_new_tokens=max_new_tokens, on_progress=on_progress)
+    result = {
+        "model": model,
+        "data": data,
+        "split": split if data == EASY_VQA else None,
+        "custom_ops": answerer.session.library is not None,
+        **_to_json(found),
+    }
+    if not as_json:
+        show(report.evaluation_table(result))
+    show_json(result)
+
+
+def _items(data: str, split: str) -> list[VqaItem]:
+    if data != EASY_VQA:
+        return load_jsonl(data)
+    if split not in SPLITS:
+        raise RequestError(f"--split {split!r} is not known. Accepted: {', '.join(SPLITS)}.")
+    return load_easy_vqa(SPLITS[split])
+
+
+def _to_json(found: Evaluation) -> dict[str, Any]:
+    open_ended = None if found.open_ended is None else _score(found.open_ended)
+    return {
+        **_score(found.overall),
+        "open_ended": open_ended,
+        "open_ended_accuracy": None if open_ended is None else open_ended["accuracy"],
+        "per_kind": {kind: _score(score) for kind, score in found.per_kind.items()},
+        "prompt_tokens": round(found.prompt_tokens, 2),
+        "kept_tokens": round(found.kept_tokens, 2),
+        "seconds": round(found.seconds, 3),
+    }
+
+
+def _score(score: Score) -> dict[str, Any]:
+    return {
+        "n": score.n,
+        "correct": score.correct,
+        "accuracy": score.accuracy,
+        "interval": [score.low, score.high],
+    }
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""bivlm-run: one question, one answer, streamed."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from bivlm_edge.cli.common import (
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    NoCustomOpsOption,
+    ThreadsOption,
+    command_errors,
+    new_app,
+    show_json,
+)
+from bivlm_edge.errors import RequestError
+from bivlm_edge.runtime import Answerer, load, top_p_sampler
+
+app = new_app()
+
+
+@app.command()
+@command_errors("bivlm-run")
+def run(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The question.", metavar="PROMPT")],
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", help="One picture: any format that Pillow reads."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", help="Longest answer. [default: the model's own]"),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 takes the most likely token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the tokens that make up this probability.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", help="Of the draws. [default: a new one]"),
+    ] = None,
+    no_custom_ops: NoCustomOpsOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    _debug: DebugOption = False,
+) -> None:
+    """Answer a question about a picture, or a question alone.
+
+    Examples:
+      bivlm-run model.onnx --image cat.png "what is this?"
+      bivlm-run model.onnx "say hello" --max-new-tokens 20 --json
+    """
+    if image is not None and len(image) > 1:
+        raise RequestError(
+            f"--image is given {len(image)} times; this command supports one picture per question. "
+            "Ask about each picture in a run of its own."
+        )
+    sampler = top_p_sampler(temperature, top_p, seed)
+    answerer = Answerer(load(model, custom_ops=not no_custom_ops, threads=threads))
+    start = time.perf_counter()
+    picture = answerer.picture(image[0]) if image else None
+    generation = answerer.ask(prompt, picture, max_new_tokens=max_new_tokens, sampler=sampler)
+    pieces = []
+    for piece in answerer.text_of(generation):
+        pieces.append(piece)
+        if not as_json:
+            typer.echo(piece, nl=False)
+    if not as_json:
+        typer.echo()
+        return
+    show_json(
+        {
+            "text": "".join(pieces),
+            "prompt_tokens": generation.prompt_tokens,
+            "kept_tokens": generation.kept_tokens,
+            "new_tokens": generation.new_tokens,
+            "stop_reason": generation.stop_reason,
+            "seconds": round(time.perf_counter() - start, 4),
+        }
+    )
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

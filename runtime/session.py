@@ -1,0 +1,219 @@
+"""A bundle on disk becomes an ONNX Runtime session; what goes wrong becomes a sentence."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from bivlm_edge._ops_library import LIBRARY_VARIABLE, custom_ops_library
+from bivlm_edge.bundle import BundlePaths, Manifest, check_files, read_manifest
+from bivlm_edge.errors import BivlmError, BundleError, OpsLibraryError, RequestError
+
+OPS_DOMAIN = "ai.bivlm"
+KERNEL_VARIABLE = "BIVLM_FORCE_KERNEL"
+_FIRST_WITH_OVERLOADS = (1, 27)  # of ONNX Runtime
+_LOG_FATAL = 4  # errors come as exceptions too; once is enough
+
+# All that InferenceSession and register_custom_ops_library raise; they share no base but Exception.
+# Only names that every supported ONNX Runtime has.
+OrtError = (
+    ort_errors.EPFail,
+    ort_errors.EngineError,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoModel,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VlmSession:
+    """A loaded model: the graph in ONNX Runtime and what its manifest says.
+
+    Attributes:
+        paths: Where its files lie.
+        manifest: The contract between exporter and runtime.
+        ort: The ONNX Runtime session.
+        library: The operator library it runs with; None without one.
+        threads: Threads of one operator; None leaves the number to ONNX Runtime.
+        past_names: Inputs of the KV cache, key and value of layer 0, 1, ...
+        output_names: logits, kept_indices, then the outputs of the KV cache in the same order.
+    """
+
+    paths: BundlePaths
+    manifest: Manifest
+    ort: ort.InferenceSession
+    library: str | None
+    threads: int | None
+    past_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    @property
+    def dtype(self) -> type[np.floating[Any]]:
+        """Element type of pixel_values, KV cache and logits."""
+        return np.float16 if self.manifest.dtype == "fp16" else np.float32
+
+
+def load(
+    path: Path | str,
+    *,
+    custom_ops: bool = True,
+    threads: int | None = None,
+    arena: bool = True,
+) -> VlmSession:
+    """Open an exported model on the CPU.
+
+    The weights stay in the page cache of `model.onnx.data`, shared between processes; only what
+    ONNX Runtime prepacks is copied.
+
+    Args:
+        path: The `model.onnx`.
+        custom_ops: Run the operators of the library; False runs their fallback, which stock
+            ONNX Runtime has too.
+        threads: Threads of one operator; None: as many as physical cores.
+        arena: Let ONNX Runtime keep freed memory for the next run. Without it memory falls back
+            after a long prompt, but a long KV cache is allocated anew for every token.
+
+    Raises:
+        BundleError: A file is missing, damaged, of another export, or the graph does not load.
+        OpsLibraryError: The library is missing or does not load, the graph needs it, or this ONNX
+            Runtime is too old to do without it.
+        RequestError: threads < 1, or BIVLM_FORCE_KERNEL names no kernel of this machine.
+    """
+    if threads is not None and threads < 1:
+        raise RequestError(f"--threads {threads} is not a number of threads. Give 1 or more.")
+    paths = BundlePaths(Path(path))
+    manifest = read_manifest(paths)
+    check_files(paths, manifest, whole=False)
+    if not custom_ops and manifest.uses_custom_ops and manifest.fallback == "none":
+        raise OpsLibraryError(
+            f"'{paths.graph}' was exported with --fallback none: its operators exist only in the "
+            "library. Run it without --no-custom-ops, or export it with --fallback nbits."
+        )
+    if not custom_ops and manifest.uses_custom_ops:
+        _require_overloads(paths.graph)
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_FATAL
+    options.enable_cpu_mem_arena = arena
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    library = custom_ops_library() if custom_ops and manifest.uses_custom_ops else None
+    if library is not None:
+        _register(options, library)
+    session = _create(paths, options, library)
+    past_names = tuple(
+        f"past_key_values.{layer}.{part}"
+        for layer in range(manifest.layers)
+        for part in ("key", "value")
+    )
+    present_names = tuple(name.replace("past_key_values", "present", 1) for name in past_names)
+    output_names = ("logits", "kept_indices", *present_names)
+    _check_signature(paths, session, past_names, output_names)
+    return VlmSession(paths, manifest, session, library, threads, past_names, output_names)
+
+
+def _require_overloads(graph: Path) -> None:
+    """Older versions load the graph, inline one body for all nodes and answer nonsense or fail."""
+    version = re.match(r"(\d+)\.(\d+)", ort.__version__)
+    if version is not None and tuple(map(int, version.groups())) < _FIRST_WITH_OVERLOADS:
+        first = ".".join(map(str, _FIRST_WITH_OVERLOADS))
+        raise OpsLibraryError(
+            f"ONNX Runtime {ort.__version__} picks the wrong function bodies for the operators of "
+            f"'{graph}' (they are told apart by overload, which it ignores), so that it cannot run "
+            f"without the library: upgrade to {first} or newer (pip install --upgrade "
+            "onnxruntime), or run with the library, without --no-custom-ops."
+        )
+
+
+def _register(options: ort.SessionOptions, library: str) -> None:
+    try:
+        options.register_custom_ops_library(library)
+    except OrtError as error:
+        raise OpsLibraryError(
+            f"the operator library '{library}' does not load into ONNX Runtime {ort.__version__}: "
+            f"{ort_sentence(error)}. Install it again for this machine and this ONNX Runtime "
+            f"('pip install --force-reinstall .' in the source tree, or {LIBRARY_VARIABLE}), or "
+            "run the model without it (--no-custom-ops)."
+        ) from error
+
+
+def _create(
+    paths: BundlePaths, options: ort.SessionOptions, library: str | None
+) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(
+            str(paths.graph), sess_options=options, providers=["CPUExecutionProvider"]
+        )
+    except OrtError as error:
+        raise _load_error(paths.graph, error, library) from error
+
+
+def _load_error(graph: Path, error: Exception, library: str | None) -> BivlmError:
+    """Tell the reasons apart that ONNX Runtime gives only as text."""
+    text = str(error)
+    if KERNEL_VARIABLE in text:
+        return RequestError(f"{ort_sentence(error)}. Set {KERNEL_VARIABLE} to one of those.")
+    if OPS_DOMAIN in text and library is None:
+        return OpsLibraryError(
+            f"'{graph}' holds operators of the domain {OPS_DOMAIN} without a fallback in standard "
+            f"operators ({ort_sentence(error)}). Run it without --no-custom-ops, or export it "
+            "again with --fallback nbits."
+        )
+    if isinstance(error, ort_errors.NotImplemented) or "opset" in text.lower():
+        return BundleError(
+            f"ONNX Runtime {ort.__version__} lacks an operator of '{graph}': "
+            f"{ort_sentence(error)}. Install a newer one: pip install --upgrade onnxruntime."
+        )
+    if isinstance(error, ort_errors.InvalidProtobuf):
+        return BundleError(
+            f"'{graph}' is not a readable ONNX file ({ort_sentence(error)}). "
+            "Copy it again, or export again."
+        )
+    return BundleError(
+        f"ONNX Runtime {ort.__version__} does not load '{graph}': {ort_sentence(error)}. "
+        "Export the model again with this version of bivlm-edge."
+    )
+
+
+def _check_signature(
+    paths: BundlePaths,
+    session: ort.InferenceSession,
+    past_names: tuple[str, ...],
+    output_names: tuple[str, ...],
+) -> None:
+    """The names are the contract; shapes are the graph's own business."""
+    wanted_inputs = {"input_ids", "pixel_values", "position_ids", *past_names}
+    missing = wanted_inputs ^ {node.name for node in session.get_inputs()}
+    missing |= set(output_names) - {node.name for node in session.get_outputs()}
+    if missing:
+        raise BundleError(
+            f"'{paths.graph}' has other inputs and outputs than its manifest says; they differ in "
+            f"{', '.join(sorted(missing))}. Copy all parts of one export together."
+        )
+
+
+def ort_sentence(error: Exception) -> str:
+    """The first line of an ONNX Runtime message, without its error-code prefix."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    return text.strip().rstrip(".")
+
+
+def pixel_batch(session: VlmSession, pixels: NDArray[np.float32] | None) -> NDArray[Any]:
+    """Return pixel_values for a run: `pixels` [images, 3, H, W] in the model's type, or none."""
+    if pixels is None:
+        return np.zeros((0, *session.manifest.pixel_shape), dtype=session.dtype)
+    return pixels.astype(session.dtype, copy=False)

@@ -1,0 +1,285 @@
+"""Cases for the tests of the operators: packed weights, tokens to prune, one-node models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight, and the bits and coefficients that it was made of.
+
+    `bits[p]` is `[Np, n_p]`; `alpha[p]` is `[Np, n_p / 64]`, float64, per chunk.
+    """
+
+    attributes: dict[str, Any]
+    codes: Array
+    coefficients: Array
+    signs: Array | None
+    order: Array | None
+    bits: list[Array]
+    alpha: list[Array]
+
+    @property
+    def inputs(self) -> dict[str, Array | None]:
+        return {
+            "codes": self.codes,
+            "coefficients": self.coefficients,
+            "signs": self.signs,
+            "order": self.order,
+        }
+
+
+def pack(
+    rng: np.random.Generator,
+    n: int,
+    k: int,
+    plane_columns: Sequence[int],
+    *,
+    hadamard_block: int = 0,
+    signs: bool = False,
+    order: Literal["none", "columns", "chunks"] = "none",
+) -> Packed:
+    """Draw a weight and write it byte by byte as FORMAT.md says."""
+    padded_k, padded_n = -(-k // 64) * 64, -(-n // 16) * 16
+    panels, chunks = padded_n // 16, padded_k // 64
+    order_values = {
+        "none": None,
+        "columns": rng.permutation(padded_k).astype(np.uint16),
+        "chunks": rng.permutation(chunks).astype(np.uint16),
+    }[order]
+    width = padded_k if order_values is None else padded_k // len(order_values)
+    firsts = [0] if order_values is None else order_values
+    channels = np.concatenate([np.arange(width) + int(first) * width for first in firsts])
+
+    bits = [rng.integers(0, 2, (padded_n, columns), dtype=np.uint8) for columns in plane_columns]
+    for plane in bits:
+        plane[n:] = 0
+        if not hadamard_block:
+            plane[:, channels[: plane.shape[1]] >= k] = 0
+    codes = np.zeros((panels, 2 * sum(plane_columns)), dtype=np.uint8)
+    slots: dict[tuple[int, int], Array] = {}
+    alpha = [np.zeros((padded_n, columns // 64)) for columns in plane_columns]
+    start = 0
+    for chunk in range(chunks):
+        planes = sum(columns > 64 * chunk for columns in plane_columns)
+        for p in range(planes):
+            if (planes, p) not in slots:
+                drawn = (rng.uniform(0.01, 0.1, padded_n) / (1 << p)).astype(np.float16)
+                drawn[n:] = 0
+                slots[planes, p] = drawn
+            alpha[p][:, chunk] = slots[planes, p]
+            pair = p + 1 < planes or p % 2 == 1
+            for column in range(64):
+                t, rest = divmod(column, 16 if pair else 32)
+                i, e = divmod(rest, 4)
+                byte = start + p // 2 * 256 + 64 * t + e
+                shift = 2 * i + p % 2 if pair else i
+                rows = bits[p][:, 64 * chunk + column].reshape(panels, 16)
+                codes[:, byte : byte + 64 : 4] |= rows << shift
+        start += 128 * planes
+    attributes: dict[str, Any] = {"K": k, "N": n, "plane_columns": list(plane_columns)}
+    if hadamard_block:
+        attributes["hadamard_block"] = hadamard_block
+    return Packed(
+        attributes,
+        codes,
+        np.stack([value.reshape(panels, 16) for value in slots.values()], axis=1),
+        rng.integers(0, 256, padded_k // 8, dtype=np.uint8) if signs else None,
+        order_values,
+        bits,
+        alpha,
+    )
+
+
+def single_node_model(
+    operator: str,
+    inputs: dict[str, Array | None],
+    outputs: Sequence[str],
+    *,
+    constants: Sequence[str] = (),
+    functions: Sequence[onnx.FunctionProto] = (),
+    **attributes: Any,
+) -> onnx.ModelProto:
+    """Return a model of one node of our domain; shapes of inputs and outputs stay open.
+
+    Args:
+        operator: Name of the operator.
+        inputs: Its inputs in order; None for one that is absent. Only types are read, and the
+            values of those in `constants`, which become initializers.
+        outputs: Names; the first has the type of the first input, the others int64.
+        constants: Inputs that become initializers.
+        functions: Model-local functions; the first one's overload is the node's.
+        attributes: Of the node.
+    """
+    given = {name: array for name, array in inputs.items() if array is not None}
+    names = [name if name in given else "" for name in inputs]
+    overload = functions[0].overload if functions else ""
+    node = helper.make_node(
+        operator, names, list(outputs), domain="ai.bivlm", overload=overload, **attributes
+    )
+    element = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
+    first = element[next(iter(inputs))]
+    types = [first] + [TensorProto.INT64] * (len(outputs) - 1)
+    ranks = [given[next(iter(inputs))].ndim, 2, 1]
+    graph = helper.make_graph(
+        [node],
+        "one_node",
+        [
+            helper.make_tensor_value_info(name, element[name], [None] * array.ndim)
+            for name, array in given.items()
+            if name not in constants
+        ],
+        [
+            helper.make_tensor_value_info(name, kind, [None] * rank)
+            for name, kind, rank in zip(outputs, types, ranks, strict=False)
+        ],
+        [numpy_helper.from_array(given[name], name) for name in constants if name in given],
+    )
+    return helper.make_model(
+        graph,
+        functions=list(functions),
+        opset_imports=[
+            helper.make_opsetid("", 23),
+            helper.make_opsetid("ai.bivlm", 1),
+            helper.make_opsetid("com.microsoft", 1),
+        ],
+        ir_version=10,
+    )
+
+
+def draw_prune_case(seed: int, mode: str) -> tuple[dict[str, Array | None], dict[str, Any]]:
+    """Return inputs and attributes of TokenPrune for which float32 arithmetic is exact.
+
+    Features are +-2^i in 16 or 4 channels, so that norms are powers of two; scores are eighths.
+    """
+    rng = np.random.default_rng([seed, *mode.encode()])
+    batch = int(rng.choice([1, 2, 3, 0], p=[0.4, 0.4, 0.15, 0.05]))
+    tokens = int(rng.choice([0, 1, 5, 17, 40]))
+    dtype = np.float32 if rng.random() < 0.5 else np.float16
+
+    def features(width: int) -> Array:
+        signs = rng.choice([-1.0, 1.0], (batch, tokens, width))
+        scaled: Array = signs * 2.0 ** rng.integers(-2, 3, (batch, tokens, 1))
+        if tokens > 5 and rng.random() < 0.5:  # duplicates
+            scaled[:, tokens // 2 :] = scaled[:, : tokens - tokens // 2]
+        if batch and tokens and rng.random() < 0.3:
+            scaled[0, 0] = 0
+            scaled[-1, -1, 0] = np.nan
+        return scaled.astype(dtype)
+
+    inputs: dict[str, Array | None] = dict.fromkeys(("hidden", "scores", "segments", "keep"))
+    inputs["hidden"] = features(16)
+    if mode in ("topk_score", "mmr") or rng.random() < 0.5:
+        scores = (rng.integers(0, 9, (batch, tokens)) / 8).astype(np.float32)
+        special = [(slice(1), np.nan), (slice(None), 0.5), (slice(None, None, 3), np.nan)]
+        if batch and rng.random() < 0.5:
+            rows, value = special[int(rng.integers(3))]
+            scores.T[rows] = value
+            scores[0] = np.nan if rng.random() < 0.3 else scores[0]
+        if tokens > 1 and rng.random() < 0.3:
+            scores[:, 0], scores[:, -1] = np.inf, -np.inf
+        inputs["scores"] = scores
+    if rng.random() < 0.7:
+        share = [0.1, 0.2, 0.3, 0.3, 0.1] if rng.random() < 0.9 else [0, 1, 0, 0, 0]
+        ids = rng.choice([-2, -1, 0, 1, 7], (batch, tokens), p=share)
+        inputs["segments"] = ids.astype(np.int32)
+    if rng.random() < 0.4:
+        shape = () if rng.random() < 0.5 else (1,)
+        inputs["keep"] = np.full(shape, rng.integers(0, 12), dtype=np.int64)
+    inputs["metric"] = features(4) if rng.random() < 0.3 else None
+    attributes: dict[str, Any] = {"mode": mode}
+    if (kind := rng.integers(0, 3)) == 0:
+        attributes["keep_count"] = int(rng.integers(0, 8))
+    elif kind == 1:
+        attributes["keep_ratio"] = float(np.float32(rng.choice([0, 0.1, 0.25, 0.3, 0.5, 1])))
+    if rng.random() < 0.5:
+        attributes["min_keep"] = int(rng.integers(0, 4))
+    if mode == "mmr":
+        attributes["theta"] = float(rng.choice([0, 0.25, 0.5, 1]))
+    if mode == "random":
+        attributes["seed"] = int(rng.integers(-(1 << 62), 1 << 62))
+    return inputs, attributes
+
+
+def run_model(
+    model: onnx.ModelProto,
+    inputs: dict[str, Array | None],
+    *,
+    library: str | None = None,
+    threads: int = 1,
+    optimized: str | None = None,
+) -> list[Array]:
+    """Run a model in ONNX Runtime; inputs that it does not have are ignored."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(library)
+    if optimized is not None:
+        options.optimized_model_filepath = optimized
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    wanted = {value.name for value in session.get_inputs()}
+    outputs: list[Array] = session.run(
+        None, {name: value for name, value in inputs.items() if name in wanted}
+    )
+    return outputs
+
+
+WEIGHTS: dict[str, tuple[int, int, tuple[int, ...], dict[str, Any]]] = {
+    "one plane": (1, 65, (128,), {}),
+    "one chunk": (16, 64, (64, 64), {"hadamard_block": 64}),
+    "two classes": (15, 192, (192, 128), {"order": "chunks"}),
+    "two planes": (17, 256, (256, 256), {"hadamard_block": 64, "signs": True, "order": "columns"}),
+    "padding in front": (16, 300, (320, 128), {"order": "columns"}),
+    "three classes": (17, 300, (320, 256, 128), {"hadamard_block": 64, "order": "chunks"}),
+    "no class with two": (33, 192, (192, 128, 128), {"hadamard_block": 64, "signs": True}),
+    "four classes": (
+        100,
+        704,
+        (704, 640, 384, 64),
+        {"hadamard_block": 64, "signs": True, "order": "chunks"},
+    ),
+    "four planes": (100, 256, (256,) * 4, {"hadamard_block": 128, "signs": True}),
+    "large block, columns": (15, 65, (128, 64), {"hadamard_block": 128, "order": "columns"}),
+}
+
+
+@pytest.fixture(params=WEIGHTS)
+def packed(request: pytest.FixtureRequest) -> Packed:
+    """Every case of WEIGHTS in turn."""
+    n, k, plane_columns, transform = WEIGHTS[request.param]
+    return pack(np.random.default_rng([n, k]), n, k, plane_columns, **transform)
+
+
+@pytest.fixture(scope="session")
+def make_packed() -> Callable[..., Packed]:
+    return pack
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., onnx.ModelProto]:
+    return single_node_model
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., list[Array]]:
+    return run_model
+
+
+@pytest.fixture(scope="session")
+def prune_case() -> Callable[[int, str], tuple[dict[str, Array | None], dict[str, Any]]]:
+    return draw_prune_case

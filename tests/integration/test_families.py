@@ -1,0 +1,81 @@
+"""Every supported architecture, with small random weights, from checkpoint to validated file.
+
+The exporter itself compares each file with torch, with and without the library: an export that
+returns has passed. Here it is also run on two pictures and a text-only prompt.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_checkpoints import ARCHITECTURES, save_checkpoint  # type: ignore[import-not-found]
+
+from bivlm_edge.config import ExportConfig, PruneConfig, QuantConfig
+from bivlm_edge.datasets import VqaItem
+from bivlm_edge.export.exporter import export_model
+from bivlm_edge.export.validate import NEW_TOKENS
+from bivlm_edge.models import load_checkpoint
+from bivlm_edge.runtime import Answerer, load
+
+CONFIGS = {
+    "float": ExportConfig(QuantConfig(method="none")),
+    "3 bits, half the tokens": ExportConfig(QuantConfig(bits=3.0), PruneConfig(keep_ratio=0.5)),
+    "3 bits, opset 21": ExportConfig(QuantConfig(bits=3.0), PruneConfig(keep_ratio=0.5), opset=21),
+    "nbits4 in fp16": ExportConfig(QuantConfig(method="nbits4"), dtype="fp16"),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_export_agrees_with_torch(
+    architecture: str, config: str, pictures: list[VqaItem], tmp_path: Path
+) -> None:
+    vlm = load_checkpoint(save_checkpoint(architecture, tmp_path / "checkpoint"))
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+    weights = sum(isinstance(module, kinds) for module in vlm.module.modules())
+    result = export_model(vlm, pictures, tmp_path / "model.onnx", CONFIGS[config])
+    report = result.report
+    ways = report["validation"]
+    assert len(ways) == (2 if "3 bits" in config else 1)
+    assert all(way["tokens"] == NEW_TOKENS * 8 for way in ways)
+    quantized = [layer for layer in report["layers"] if "method" in layer]
+    assert len(quantized) + len(report["skipped"]) == weights, "a layer is in neither list"
+    if "3 bits" in config:
+        assert report["true_bits_per_weight"] <= 3.0
+    # what the runtime feeds is what was validated, to the token and the pixel
+    answerer = Answerer(load(result.paths.graph))
+    for item in pictures[:3]:
+        image = item.image.open()
+        picture = answerer.picture(image)
+        ids = answerer.prompts.encode(item.question, picture)
+        assert ids.tolist() == vlm.encode(vlm.prompt(item.question))
+        np.testing.assert_allclose(picture.pixels[0], vlm.pixels(image), rtol=0, atol=1e-6)
+
+
+def test_two_pictures_and_text_only_prompts_run(pictures: list[VqaItem], tmp_path: Path) -> None:
+    import onnxruntime
+
+    vlm = load_checkpoint(save_checkpoint("llava, CLIP and Llama", tmp_path / "checkpoint"))
+    pixels = torch.stack([torch.from_numpy(vlm.pixels(item.image.open())) for item in pictures[:2]])
+    one = vlm.encode(vlm.prompt("a"))
+    ids = torch.tensor([one + one])
+    with torch.no_grad():
+        both = vlm.module(input_ids=ids, pixel_values=pixels).logits[0, -1].numpy()
+        text = torch.tensor([vlm.encode("hello")])
+        alone = vlm.module(input_ids=text).logits[0, -1].numpy()
+    result = export_model(vlm, pictures, tmp_path / "m.onnx", CONFIGS["float"])
+    session = onnxruntime.InferenceSession(str(result.paths.graph))
+    for tokens, images, want in ((ids, pixels, both), (text, pixels[:0], alone)):
+        feed = {
+            "input_ids": tokens.numpy(),
+            "pixel_values": images.numpy(),
+            "position_ids": np.arange(tokens.shape[1])[None],
+        }
+        for value in session.get_inputs():
+            if value.name.startswith("past"):
+                feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        got = session.run(["logits"], feed)[0][0, -1]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())

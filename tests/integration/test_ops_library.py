@@ -1,0 +1,236 @@
+"""The compiled operators in ONNX Runtime against the numpy reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+import bivlm_edge
+from bivlm_edge.errors import OpsLibraryError
+from bivlm_edge.export import reference
+from bivlm_edge.export.fallback import BinaryMatMulConfiguration, binary_matmul_function
+from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prune_function
+
+Array = NDArray[Any]
+CONSTANTS = ("codes", "coefficients", "signs", "order")
+LEADING = [(), (1,), (33,), (2, 3), (0,), (2, 0, 1)]
+MODES = ("topk_score", "maxmin", "mmr", "uniform", "random", "none")
+# runs every model of a folder on the input beside it; the environment chooses the kernel
+WORKER = """
+import sys
+from pathlib import Path
+import numpy as np, onnxruntime as ort
+options = ort.SessionOptions()
+options.log_severity_level = 4
+options.register_custom_ops_library(sys.argv[2])
+for path in Path(sys.argv[1]).glob("*.onnx"):
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"X": np.load(path.with_suffix(".x.npy"))})
+    np.save(path.with_suffix(".y.npy"), y)
+"""
+
+
+@pytest.fixture(scope="session")
+def library() -> str:
+    try:
+        return bivlm_edge.custom_ops_library()
+    except OpsLibraryError as error:
+        pytest.skip(str(error))
+
+
+def _inputs(packed: Any) -> list[Array]:
+    """Return an X for each shape of LEADING, in float32 and in float16."""
+    k = packed.attributes["K"]
+    rng = np.random.default_rng(k)
+    drawn = [rng.standard_normal((*leading, k)) for leading in LEADING]
+    return [x.astype(dtype) for x in drawn for dtype in (np.float32, np.float16)]
+
+
+def _model(make_model: Callable[..., Any], packed: Any, x: Array, **more: Any) -> onnx.ModelProto:
+    inputs = {"X": x, **packed.inputs}
+    more = {"constants": CONSTANTS} | packed.attributes | more
+    model: onnx.ModelProto = make_model("BinaryMatMul", inputs, ["Y"], **more)
+    return model
+
+
+def _require_contract(packed: Any, x: Array, y: Array, *, exact: bool) -> None:
+    """Compare with the reference within the bound of OPS.md, section Numbers.
+
+    Args:
+        packed: The weight.
+        x: Activations.
+        y: What the operator made of them.
+        exact: The kernel is `generic`, which does not round to int8.
+    """
+    expected = reference.binary_matmul(x, *packed.inputs.values(), **packed.attributes)
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
+    n, k = packed.attributes["N"], packed.attributes["K"]
+    columns = packed.attributes["plane_columns"]
+    v = reference.transform(
+        x, packed.signs, packed.order, k, packed.attributes.get("hadamard_block", 0)
+    )
+    weight = reference.unpack(packed.codes, packed.coefficients, n, columns)
+    bound = 2 * columns[0] * 2.0**-23 * (np.abs(v) @ np.abs(weight).T)
+    for chunk in range(0 if exact else columns[0] // 64):
+        part = np.abs(v[..., 64 * chunk : 64 * chunk + 64])
+        scale = part.max(axis=-1, keepdims=True) / 127
+        terms = [
+            (alpha[:n, chunk, None], 2.0 * bits[:n, 64 * chunk : 64 * chunk + 64] - 1)
+            for alpha, bits in zip(packed.alpha, packed.bits, strict=True)
+            if chunk < alpha.shape[1]
+        ]
+        for pair in (terms[:2], terms[2:]):
+            if not pair:
+                continue
+            level = np.abs(sum(alpha * sign for alpha, sign in pair))
+            bound = bound + (scale / 2) * level.sum(axis=1)
+            if len(pair) == 2:
+                step = (pair[0][0] + pair[1][0]).ravel() / 127
+                bound = bound + (part + scale / 2).sum(axis=-1, keepdims=True) * step / 2
+    if x.dtype == np.float16:
+        bound = bound * (1 + 2.0**-11) + 2.0**-11 * np.abs(expected) + 2.0**-25
+    error = np.abs(y - expected)
+    assert (error <= bound).all(), (packed.attributes, x.shape, x.dtype, error.max())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_binary_matmul_keeps_its_bound(
+    packed: Any,
+    threads: int,
+    library: str,
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    for x in _inputs(packed):
+        model = _model(make_model, packed, x)
+        (y,) = run(model, {"X": x}, library=library, threads=threads)
+        _require_contract(packed, x, y, exact=os.environ.get("BIVLM_FORCE_KERNEL") == "generic")
+
+
+@pytest.mark.parametrize("kernel", ["generic", "avx2", "avx512"])
+def test_every_kernel_keeps_its_bound(
+    packed: Any, kernel: str, library: str, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    inputs = _inputs(packed)
+    for i, x in enumerate(inputs):
+        onnx.save(_model(make_model, packed, x), tmp_path / f"{i}.onnx")
+        np.save(tmp_path / f"{i}.x.npy", x)
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(tmp_path), library],
+        env=os.environ | {"BIVLM_FORCE_KERNEL": kernel},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "names no kernel" in done.stderr and kernel != "generic":
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    for i, x in enumerate(inputs):
+        _require_contract(packed, x, np.load(tmp_path / f"{i}.y.npy"), exact=kernel == "generic")
+
+
+def test_weights_may_be_inputs_of_the_graph(
+    packed: Any, library: str, make_model: Callable[..., Any], run: Callable[..., Any]
+) -> None:
+    x = _inputs(packed)[6]
+    model = _model(make_model, packed, x, constants=())
+    (y,) = run(model, {"X": x, **packed.inputs}, library=library)
+    (y_of_constants,) = run(_model(make_model, packed, x), {"X": x}, library=library)
+    np.testing.assert_array_equal(y, y_of_constants)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_token_that_is_not_finite_gives_nan_only_there(
+    packed: Any,
+    value: float,
+    library: str,
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    x = np.ones((3, packed.attributes["K"]), dtype=np.float32)
+    x[1, -1] = value
+    (y,) = run(_model(make_model, packed, x), {"X": x}, library=library)
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("with_overload", [False, True])
+def test_library_wins_over_the_functions(
+    with_overload: bool,
+    library: str,
+    make_packed: Callable[..., Any],
+    make_model: Callable[..., Any],
+    prune_case: Callable[..., Any],
+    run: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    optimized = str(tmp_path / "optimized.onnx")
+    packed = make_packed(np.random.default_rng(0), 17, 300, (320, 256))
+    matmul = BinaryMatMulConfiguration(300, 17, (320, 256))
+    function = binary_matmul_function(matmul, "dense", matmul.overload if with_overload else "")
+    x = np.ones((2, 300), dtype=np.float32)
+    model = _model(make_model, packed, x, functions=[function])
+    run(model, {"X": x}, library=library, optimized=optimized)
+    assert [node.op_type for node in onnx.load(optimized).graph.node] == ["BinaryMatMul"]
+
+    inputs, attributes = prune_case(0, "mmr")
+    given: dict[str, Any] = {
+        name: value is not None for name, value in inputs.items() if name != "hidden"
+    }
+    prune = TokenPruneConfiguration(**given, lengths=False, **attributes)
+    function = token_prune_function(prune, prune.overload if with_overload else "")
+    outputs = ["pruned", "kept_indices"]
+    model = make_model("TokenPrune", inputs, outputs, functions=[function], **attributes)
+    run(model, inputs, library=library, optimized=optimized)
+    assert [node.op_type for node in onnx.load(optimized).graph.node] == ["TokenPrune"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(20))
+def test_token_prune_equals_the_reference_exactly(
+    seed: int,
+    mode: str,
+    library: str,
+    prune_case: Callable[..., Any],
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    inputs, attributes = prune_case(seed, mode)
+    outputs = ["pruned", "kept_indices", "lengths"][: 2 + seed % 2]
+    model = make_model("TokenPrune", inputs, outputs, **attributes)
+    expected = reference.token_prune(*inputs.values(), **attributes)
+    results = run(model, inputs, library=library, threads=1 + seed // 2 % 2)
+    assert len(results) == len(outputs)
+    for output, wanted in zip(results, expected, strict=False):
+        assert output.dtype == wanted.dtype
+        np.testing.assert_array_equal(output, wanted)
+
+
+@pytest.mark.parametrize("mode", ["maxmin", "mmr"])
+def test_token_prune_agrees_on_real_features(
+    mode: str, library: str, make_model: Callable[..., Any], run: Callable[..., Any]
+) -> None:
+    rng = np.random.default_rng(7)
+    inputs: dict[str, Any] = {
+        "hidden": rng.standard_normal((2, 576, 64)).astype(np.float32),
+        "scores": rng.random((2, 576), dtype=np.float32),
+        "segments": None,
+        "keep": np.array([64]),
+    }
+    model = make_model("TokenPrune", inputs, ["pruned", "kept_indices"], mode=mode)
+    _, indices = run(model, inputs, library=library)
+    _, expected, _ = reference.token_prune(*inputs.values(), mode=mode)
+    for row, wanted in zip(indices, expected, strict=True):
+        # float32 may turn a near tie; from there on the greedy choices differ
+        assert len(set(row.tolist()) & set(wanted.tolist())) >= 0.95 * 64

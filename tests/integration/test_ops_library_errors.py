@@ -1,0 +1,126 @@
+"""What the compiled operators refuse, and that the sentence names the operator and the numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+import bivlm_edge
+from bivlm_edge.errors import OpsLibraryError
+
+Array = NDArray[Any]
+REFUSALS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.RuntimeException,
+)
+
+
+@pytest.fixture(scope="session")
+def library() -> str:
+    try:
+        return bivlm_edge.custom_ops_library()
+    except OpsLibraryError as error:
+        pytest.skip(str(error))
+
+
+def _uint16(*values: int) -> Array:
+    return np.array(values, dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"K": 0}, "K is 0"),
+        ({"N": 0}, "N is 0"),
+        ({"format": 2}, "format is 2"),
+        ({"hadamard_block": 32}, "hadamard_block is 32"),
+        ({"hadamard_block": 128}, "hadamard_block is 128, .* 320"),
+        ({"hadamard_block": 0}, "signs"),
+        ({"plane_columns": [256, 320]}, r"plane_columns is \(256, 320\)"),
+        ({"plane_columns": [256, 256]}, "plane_columns .* 320"),
+        ({"plane_columns": [320, 100]}, r"plane_columns is \(320, 100\)"),
+        ({"plane_columns": [320] * 5}, "plane_columns has 5"),
+        ({"codes": np.zeros((2, 10), np.uint8)}, r"codes .*\[2, 10\].*\[2, 1152\]"),
+        ({"coefficients": np.zeros((2, 2, 16), np.float16)}, r"\[2, 2, 16\].*\[2, 3, 16\]"),
+        ({"coefficients": np.zeros((2, 3, 16), np.float32)}, "coefficients"),
+        ({"signs": np.zeros(39, np.uint8)}, r"signs .*\[39\].*\[40\]"),
+        ({"order": _uint16(0, 1, 2, 3, 3)}, "not a permutation: element 4 is 3"),
+        ({"order": _uint16(0, 1, 2, 3, 9)}, "not a permutation: element 4 is 9"),
+        ({"order": _uint16(0, 1, 2)}, r"order .*\[3\].*\[320\] or \[5\]"),
+        ({"X": np.zeros((2, 299), np.float32)}, r"\[2, 299\].*K = 300"),
+        ({"X": np.zeros((), np.float32)}, "K = 300"),
+        ({"X": np.zeros((2, 300), np.float64)}, "expected float32 or float16"),
+    ],
+)
+@pytest.mark.parametrize("constant", [True, False])
+def test_binary_matmul_refuses(
+    changed: dict[str, Any],
+    words: str,
+    constant: bool,
+    library: str,
+    make_packed: Callable[..., Any],
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    rng = np.random.default_rng(0)
+    packed = make_packed(rng, 17, 300, (320, 256), hadamard_block=64, signs=True, order="chunks")
+    inputs = {"X": np.zeros((2, 300), np.float32), **packed.inputs}
+    inputs |= {name: value for name, value in changed.items() if name in inputs}
+    attributes = packed.attributes | {k: v for k, v in changed.items() if k not in inputs}
+    constants = ("codes", "coefficients", "signs", "order") if constant else ()
+    model = make_model("BinaryMatMul", inputs, ["Y"], constants=constants, **attributes)
+    with pytest.raises(REFUSALS, match="BinaryMatMul") as error:
+        run(model, inputs, library=library)
+    assert re.search(words, str(error.value)), error.value
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"mode": "attention"}, "'attention'.*topk_score"),
+        ({"mode": "topk_score", "scores": None}, "'topk_score' needs .*scores"),
+        ({"mode": "mmr", "scores": None}, "'mmr' needs .*scores"),
+        ({"keep": np.array([-1])}, "keep is -1"),
+        ({"keep": np.array([1, 2])}, r"keep .*\[2\]"),
+        ({"keep_count": -2}, "keep_count is -2"),
+        ({"keep_ratio": 1.5}, "keep_ratio is 1.5"),
+        ({"keep_ratio": float("nan")}, "keep_ratio is nan"),
+        ({"theta": -0.5}, "theta is -0.5"),
+        ({"theta": float("nan")}, "theta is nan"),
+        ({"hidden": np.zeros((2, 6), np.float32)}, r"\[2, 6\].*\[B, S, D\]"),
+        ({"scores": np.zeros((2, 5), np.float32)}, r"scores .*\[2, 5\].*\[2, 6\]"),
+        ({"segments": np.zeros((1, 6), np.int32)}, r"segments .*\[1, 6\].*\[2, 6\]"),
+        ({"segments": np.full((2, 6), -3, np.int32)}, "segments has -3"),
+        ({"metric": np.zeros((2, 5, 3), np.float32)}, r"metric .*\[2, 5, 3\]"),
+        # ONNX Runtime itself refuses a second type for T
+        ({"metric": np.zeros((2, 6, 3), np.float16)}, "no kernel def matches node inputs"),
+    ],
+)
+def test_token_prune_refuses(
+    changed: dict[str, Any],
+    words: str,
+    library: str,
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    inputs: dict[str, Any] = {
+        "hidden": np.zeros((2, 6, 4), np.float32),
+        "scores": np.zeros((2, 6), np.float32),
+        "segments": np.zeros((2, 6), np.int32),
+        "keep": np.array([2]),
+        "metric": None,
+    }
+    inputs |= {name: value for name, value in changed.items() if name in inputs}
+    attributes = {name: value for name, value in changed.items() if name not in inputs}
+    model = make_model("TokenPrune", inputs, ["pruned", "kept_indices"], **attributes)
+    with pytest.raises(REFUSALS, match="TokenPrune") as error:
+        run(model, inputs, library=library)
+    assert re.search(words, str(error.value)), error.value

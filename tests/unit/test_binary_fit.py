@@ -1,0 +1,217 @@
+"""Joint row coefficients and LNQ refinement: known optima, descent, and packing of the result."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from bivlm_edge.errors import RequestError
+from bivlm_edge.quant.allocation import best_plan
+from bivlm_edge.quant.bivlm_edge import quantize, quantize_planes
+from bivlm_edge.quant.levels import (
+    GAUSSIAN_COEFFICIENTS,
+    GAUSSIAN_DISTORTION,
+    fit_coefficients,
+    make_levels,
+)
+from bivlm_edge.quant.linalg import relative_error
+from bivlm_edge.quant.options import LayerOptions
+from bivlm_edge.quant.packed import PlaneClass
+from bivlm_edge.quant.refine import Assignment, descend, loss, refit
+from bivlm_edge.quant.transform import StoredProblem, Variant, transform_problem
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hessian(k: int, seed: int = 0) -> Tensor:
+    """Inputs with a falling spectrum in a random basis and a few loud channels."""
+    basis = torch.linalg.qr(gaussian(k, k, seed=seed + 100))[0]
+    spectrum = torch.arange(1, k + 1).float() ** -0.9
+    gains = torch.exp(0.6 * gaussian(k, seed=seed + 200))
+    gains[: max(k // 50, 1)] *= 5
+    return (basis.T * spectrum) @ basis * gains * gains[:, None]
+
+
+@pytest.mark.parametrize(
+    ("planes", "expected"), [(1, 0.3634), (2, 0.1175), (3, 0.0369), (4, 0.0114)]
+)
+def test_joint_fit_of_a_gaussian_leaves_the_known_error(planes: int, expected: float) -> None:
+    weight = gaussian(1, 400_000)
+    alpha = fit_coefficients(weight, planes)
+    levels = make_levels(alpha)
+    rounded = levels.values.gather(0, levels.nearest(weight.T)).T
+    error = float(((rounded - weight) ** 2).mean() / (weight**2).mean())
+    assert error == pytest.approx(expected, rel=0.01)
+    assert GAUSSIAN_DISTORTION[planes] == pytest.approx(expected, rel=0.01)
+
+
+def test_two_planes_reach_the_lloyd_max_levels() -> None:
+    alpha = fit_coefficients(gaussian(1, 400_000), 2)
+    torch.testing.assert_close(
+        alpha, torch.tensor([GAUSSIAN_COEFFICIENTS[1]]), rtol=0.01, atol=0
+    )  # sampling error of 400,000 draws
+
+
+def test_rows_of_zeros_and_constants_are_fitted() -> None:
+    weight = torch.stack([torch.zeros(64), torch.full((64,), -0.25)])
+    alpha = fit_coefficients(weight, 2)
+    assert torch.isfinite(alpha).all()
+    levels = make_levels(alpha)
+    rounded = levels.values.gather(0, levels.nearest(weight.T)).T
+    torch.testing.assert_close(rounded, weight, rtol=0, atol=1e-6)  # the ridge of solve_rows
+
+
+def test_nearest_is_the_level_of_least_distance() -> None:
+    levels = make_levels(gaussian(7, 3))
+    targets = gaussian(50, 7, seed=1)
+    distance = (targets[:, None, :] - levels.values).abs()
+    chosen = levels.values.gather(0, levels.nearest(targets))
+    torch.testing.assert_close((targets - chosen).abs(), distance.amin(dim=1), rtol=0, atol=0)
+
+
+def random_assignment(k: int, n: int, seed: int = 0) -> Assignment:
+    classes = [PlaneClass(3, 0, 64, 0), PlaneClass(1, 64, k, 3)]
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 8, (k, n), generator=generator).to(torch.uint8)
+    codes[64:] &= 1
+    return Assignment(classes, codes, gaussian(n, 4, seed=seed).abs())
+
+
+def test_refit_and_descent_never_raise_the_hessian_loss() -> None:
+    k, n = 150, 40
+    weight_t, metric = gaussian(k, n), hessian(k)
+    assignment = random_assignment(k, n)
+    losses = [loss(assignment.values(), weight_t, metric)]
+    for _ in range(3):
+        assignment.alpha = refit(assignment, weight_t, metric)
+        losses.append(loss(assignment.values(), weight_t, metric))
+        for _ in range(2):
+            descend(assignment, weight_t, metric, 1)
+            losses.append(loss(assignment.values(), weight_t, metric))
+    assert losses[-1] < 0.5 * losses[0]
+    for before, after in pairwise(losses):
+        assert after <= before * (1 + 1e-5)  # float32 sums over k columns
+
+
+def test_descent_ends_where_no_single_change_helps() -> None:
+    k, n = 70, 5
+    weight_t, metric = gaussian(k, n), hessian(k).double()
+    assignment = random_assignment(k, n)
+    assignment.alpha = assignment.alpha.double()
+    descend(assignment, weight_t.double(), metric, 100)
+    best = loss(assignment.values(), weight_t, metric)
+    for j in range(k):
+        for code in range(8 if j < 64 else 2):
+            before = assignment.codes[j].clone()
+            assignment.codes[j] = code
+            changed = assignment.values() - weight_t
+            per_row = ((metric @ changed) * changed).sum(dim=0)
+            assignment.codes[j] = before
+            kept = assignment.values() - weight_t
+            assert (per_row >= ((metric @ kept) * kept).sum(dim=0) - 1e-9 * best).all()
+
+
+def test_refit_solves_the_normal_equations() -> None:
+    k, n = 100, 6
+    weight_t, metric = gaussian(k, n), hessian(k)
+    assignment = random_assignment(k, n)
+    assignment.alpha = refit(assignment, weight_t, metric)
+    least = loss(assignment.values(), weight_t, metric)
+    for slot in range(4):
+        for change in (-1e-3, 1e-3):
+            moved = assignment.alpha.clone()
+            moved[:, slot] += change
+            other = Assignment(assignment.classes, assignment.codes, moved)
+            assert loss(other.values(), weight_t, metric) > least
+
+
+def problem_and_weight(n: int, k: int, variant: Variant) -> tuple[StoredProblem, Tensor, Tensor]:
+    weight, metric = gaussian(n, k, seed=3) * 0.05, hessian(k, seed=4)
+    return transform_problem(weight, metric, variant, seed=9), weight, metric
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "variant", "bits"),
+    [
+        (17, 64, Variant(64, "chunks"), 3.0),
+        (32, 100, Variant(64, "chunks"), 2.9),
+        (32, 256, Variant(128, "chunks"), 2.0),
+        (33, 192, Variant(0, "columns"), 2.9),
+        (48, 130, Variant(0, "columns"), 3.2),
+        (48, 130, Variant(0, "columns"), 1.9),
+        (48, 200, Variant(0, "chunks"), 2.2),
+    ],
+)
+def test_packed_weight_is_what_the_transformed_problem_was_rounded_to(
+    n: int, k: int, variant: Variant, bits: float
+) -> None:
+    problem, weight, metric = problem_and_weight(n, k, variant)
+    plan = best_plan(problem, int(bits * n * k / 8))
+    assert plan is not None
+    packed = quantize_planes(problem, plan)
+    assert packed.nbytes == plan.nbytes
+    assert packed.nbytes * 8 <= bits * n * k
+    error = relative_error(weight, torch.from_numpy(packed.dequantize()), metric)
+    assert error < 0.2  # one plane leaves at most 0.3634 of a Gaussian, before compensation
+    # the same error, computed in the stored coordinates
+    stored = torch.from_numpy(packed.decode().T.copy())
+    if len(set(packed.plane_columns)) == 1:
+        stored = stored[torch.from_numpy(problem.permutation)]
+    stored = stored[: len(problem.weight_t)]
+    undamped = problem.hessian - 0.01 * torch.eye(len(problem.hessian))
+    in_stored = loss(stored, problem.weight_t, undamped) / loss(
+        torch.zeros_like(stored), problem.weight_t, undamped
+    )
+    assert error == pytest.approx(in_stored, rel=1e-3)  # float32 Hessian of the problem
+
+
+def test_budget_is_kept_and_a_budget_below_one_plane_is_refused() -> None:
+    weight, metric = gaussian(64, 256), hessian(256)
+    for bits in (1.1, 1.7, 2.0, 3.3):
+        packed = quantize(weight, metric, LayerOptions(bits=bits))
+        assert packed.true_bits <= bits
+    with pytest.raises(RequestError, match="one plane needs 2176"):
+        quantize(weight, metric, LayerOptions(bits=1.0))
+
+
+def test_more_bits_leave_less_error() -> None:
+    weight, metric = gaussian(64, 256), hessian(256)
+    errors = [
+        relative_error(
+            weight,
+            torch.from_numpy(quantize(weight, metric, LayerOptions(bits=bits)).dequantize()),
+            metric,
+        )
+        for bits in (1.2, 2.0, 2.6, 4.0)
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
+    weight, metric = gaussian(32, 192), hessian(192)
+    first, again, other = (
+        quantize(weight, metric, LayerOptions(bits=2.2, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert first.codes.tobytes() == again.codes.tobytes()
+    assert first.coefficients.tobytes() == again.coefficients.tobytes()
+    if first.hadamard_block:
+        assert first.codes.tobytes() != other.codes.tobytes()
+
+
+def test_scaling_the_hessian_changes_nothing() -> None:
+    weight, metric = gaussian(32, 192), hessian(192)
+    first = quantize(weight, metric, LayerOptions(bits=2.2))
+    scaled = quantize(weight, metric * 1024, LayerOptions(bits=2.2))
+    assert first.codes.tobytes() == scaled.codes.tobytes()
+    assert first.coefficients.tobytes() == scaled.coefficients.tobytes()
+
+
+def test_inputs_that_are_always_zero_are_survived() -> None:
+    weight = gaussian(32, 128)
+    packed = quantize(weight, torch.zeros(128, 128), LayerOptions(bits=2.5))
+    assert torch.isfinite(torch.from_numpy(packed.dequantize())).all()

@@ -1,0 +1,346 @@
+"""Block-wise calibration: statistics against plain recomputation, batches, token importance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from bivlm_edge.calibration.batches import items_from_folder, make_batches
+from bivlm_edge.calibration.capture import walk
+from bivlm_edge.calibration.importance import TEMPERATURE, fisher_direction, token_importance
+from bivlm_edge.calibration.moments import StatisticsCollector, is_held_out
+from bivlm_edge.datasets import ImageSource, VqaItem
+from bivlm_edge.errors import DataError, UnsupportedModelError
+
+
+class Part(NamedTuple):
+    name: str
+    blocks: Sequence[tuple[str, nn.Module]]
+
+
+def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=40,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        ),
+        image_token_id=3,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def llava_sequences(module: Any) -> list[Part]:
+    names = {id(part): name for name, part in module.named_modules()}
+    tower = module.model.vision_tower
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    parts = [
+        ("vision", list(layers)),
+        ("projector", [module.model.multi_modal_projector]),
+        ("decoder", list(module.model.language_model.layers)),
+    ]
+    return [Part(name, [(names[id(b)], b) for b in blocks]) for name, blocks in parts]
+
+
+def llava_batches(count: int, length: int = 9) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(4, 40, (2, length), generator=generator)
+        ids[:, 1:5] = 3
+        labels = ids.clone()
+        labels[:, :-2] = -100
+        batches.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "pixel_values": torch.randn(2, 3, 16, 16, generator=generator),
+                "labels": labels,
+            }
+        )
+    return batches
+
+
+def inputs_of(module: nn.Module, layer: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """What `layer` sees when the whole model runs."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        module(**{name: value for name, value in batch.items() if name != "labels"})
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]).double()
+
+
+def test_every_layer_gets_the_statistics_of_the_layers_quantized_before_it() -> None:
+    module = tiny_llava()
+    batches = llava_batches(3)
+    layers = dict(module.named_modules())
+    groups = []
+    for group in walk(module, llava_sequences(module), batches):
+        names = list(group.layers)
+        groups.append([name.rsplit(".", 1)[-1] for name in names])
+        for name in names:
+            assert layers[name] is group.layers[name]
+        rows = [inputs_of(module, group.layers[names[0]], batch) for batch in batches]
+        fit = torch.cat([rows[0], rows[1]])  # the last of three batches is held out
+        expected = fit.T @ fit / len(fit)
+        scale = float(expected.abs().max())
+        # float32 activations and products: relative 2^-24 each, a few hundred terms
+        torch.testing.assert_close(group.inputs.fit.hessian, expected, rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(
+            group.inputs.fit.mean, fit.mean(dim=0), rtol=1e-4, atol=1e-5 * scale**0.5
+        )
+        assert group.inputs.held_out is not None
+        held = rows[2].T @ rows[2] / len(rows[2])
+        torch.testing.assert_close(
+            group.inputs.held_out.hessian, held, rtol=1e-4, atol=1e-5 * scale
+        )
+        for layer in group.layers.values():  # as a quantizer would
+            layer.weight.data = (layer.weight.data * 8).round() / 8 * 1.5
+    encoder = [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]]
+    decoder = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    for group_names in groups:
+        group_names.sort()
+    flat = [sorted(names) for names in encoder * 2 + [["linear_1"], ["linear_2"]] + decoder * 2]
+    assert groups == flat
+
+
+def test_token_weights_weigh_the_rows_of_their_layer_only() -> None:
+    module = tiny_llava()
+    batches = llava_batches(2)
+    sequences = llava_sequences(module)[2:]
+    name = f"{sequences[0].blocks[0][0]}.self_attn.k_proj"
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: [torch.rand(18, generator=generator) for _ in batches]}
+    group = next(iter(walk(module, sequences, batches, weights)))
+    assert list(group.weighted) == [name]
+    rows = inputs_of(module, group.layers[name], batches[0])
+    weight = weights[name][0].double()
+    expected = (rows.T * weight) @ rows / weight.sum()
+    moments = group.weighted[name].fit
+    torch.testing.assert_close(moments.hessian, expected, rtol=1e-4, atol=1e-6)
+    assert moments.weight == pytest.approx(float(weight.sum()))
+    assert group.inputs.fit.weight == 18
+
+
+def test_the_walk_leaves_no_hooks_and_no_gradients() -> None:
+    module = tiny_llava()
+    list(walk(module, llava_sequences(module), llava_batches(2)))
+    assert all(not part._forward_pre_hooks for part in module.modules())
+    assert all(not parameter.requires_grad for parameter in module.parameters())
+    assert torch.is_grad_enabled()
+
+
+class Toy(nn.Module):
+    """Two blocks that return tuples, one layer that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = ToyBlock()
+        self.second = ToyBlock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        (hidden,) = self.first(hidden_states=x)
+        (hidden,) = self.second(hidden_states=hidden)
+        return hidden
+
+
+class ToyBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(64, 64)
+        self.unused = nn.Linear(64, 64)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+        return (self.a(hidden_states).relu(),)
+
+
+def test_hidden_states_may_be_a_keyword_and_outputs_tuples() -> None:
+    torch.manual_seed(0)
+    module = Toy()
+    batches = [{"x": torch.randn(5, 64)}]
+    blocks = [("first", module.first), ("second", module.second)]
+    groups = list(walk(module, [Part("decoder", blocks)], batches))
+    assert [list(group.layers) for group in groups] == [["first.a"], ["second.a"]]
+    with torch.no_grad():
+        rows = module.first.a(batches[0]["x"]).relu().double()
+    torch.testing.assert_close(
+        groups[1].inputs.fit.hessian, rows.T @ rows / 5, rtol=1e-5, atol=1e-6
+    )
+    assert groups[1].inputs.held_out is None
+
+
+def test_block_that_no_input_reaches_is_named() -> None:
+    module = tiny_llava()
+    batch = llava_batches(1)[0]
+    text_only = {"input_ids": batch["input_ids"].clamp_min(4)}
+    with pytest.raises(UnsupportedModelError, match="never reach a CLIPEncoderLayer"):
+        list(walk(module, llava_sequences(module), [text_only]))
+
+
+def test_importance_is_the_mean_squared_gradient_and_finds_the_answers_tokens() -> None:
+    module = tiny_llava()
+    batches = llava_batches(2)
+    sequences = llava_sequences(module)
+    weights = token_importance(module, sequences, batches, seed=0)
+    last = next(name for name in weights if name.endswith("layers.1.mlp.down_proj"))
+    assert set(weights) == {
+        f"{name}.{local}"
+        for sequence in sequences
+        for name, block in sequence.blocks
+        for local, part in block.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+    # behind the last block only the positions before the two answer tokens matter: 6 and 7 of 9
+    rows = weights[last][0].reshape(2, 9)
+    mean = torch.cat(weights[last]).mean()
+    others = [position for position in range(9) if position not in (6, 7)]
+    assert (rows[:, others] < mean).all()
+    assert (rows[:, [6, 7]].sum(dim=1) > rows[:, others].sum(dim=1)).all()
+    again = token_importance(module, sequences, batches, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(weights[last], again[last], strict=True))
+
+
+def test_fisher_directions_have_the_softmax_covariance() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0]]).repeat(200_000, 1)
+    drawn = fisher_direction(logits, torch.Generator().manual_seed(0))
+    p = (logits[0] / TEMPERATURE).softmax(dim=0)
+    expected = p.diag() - torch.outer(p, p)
+    found = drawn.T @ drawn / len(drawn)
+    # standard error of 200,000 products of unit scale: 0.25 / sqrt(2e5) = 6e-4, five of them
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-3)
+
+
+def test_every_tenth_batch_and_the_last_are_held_out() -> None:
+    assert [b for b in range(25) if is_held_out(b, 25)] == [4, 14, 24]
+    assert [b for b in range(2) if is_held_out(b, 2)] == [1]
+    assert not is_held_out(0, 1)
+
+
+def test_moments_around_a_center_are_those_of_shifted_rows() -> None:
+    rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 3
+    weights = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    collector = StatisticsCollector(6, 1)
+    collector.add(rows[:20], 0, weights[:20])
+    collector.add(rows[20:], 0, weights[20:])
+    moments = collector.finish().fit
+    center = torch.arange(6).double()
+    shifted, w = rows.double() - center, weights.double()
+    expected = (shifted.T * w) @ shifted / w.sum()
+    torch.testing.assert_close(moments.around(center), expected, rtol=1e-5, atol=1e-5)
+    assert moments.rows == 50
+
+
+def save_image(path: Path, color: int) -> ImageSource:
+    Image.new("RGB", (4, 4), (color, 0, 0)).save(path)
+    return ImageSource(path)
+
+
+def fake_prepare(image: Any, question: str, answer: str | None) -> dict[str, Tensor]:
+    text = question + (answer or "")
+    return {
+        "input_ids": torch.tensor([[ord(letter) for letter in text]]),
+        "pixel_values": torch.full((1, 3, 4, 4), float(image.getpixel((0, 0))[0])),
+    }
+
+
+def test_batches_stack_equal_lengths_and_mark_the_answer(tmp_path: Path) -> None:
+    items = [
+        VqaItem(save_image(tmp_path / f"{i}.png", i), "q" * (1 + i % 2), "no", "yes_no")
+        for i in range(10)
+    ]
+    batches = make_batches(fake_prepare, items, 10, seed=3, batch_size=4)
+    assert sorted(tuple(batch["input_ids"].shape) for batch in batches) == [
+        (1, 3), (1, 4), (4, 3), (4, 4),
+    ]  # fmt: skip
+    drawn = sorted(int(v) for batch in batches for v in batch["pixel_values"][:, 0, 0, 0])
+    assert drawn == list(range(10))
+    for batch in batches:
+        prompt = batch["input_ids"].shape[1] - 2
+        assert (batch["labels"][:, :prompt] == -100).all()
+        assert (batch["labels"][:, prompt:] == batch["input_ids"][:, prompt:]).all()
+
+
+def test_the_seed_decides_which_samples_are_drawn(tmp_path: Path) -> None:
+    items = [VqaItem(save_image(tmp_path / f"{i}.png", i), "q", "", "other") for i in range(20)]
+
+    def drawn(seed: int) -> list[float]:
+        batches = make_batches(fake_prepare, items, 5, seed)
+        assert all("labels" not in batch for batch in batches)
+        return [float(v) for batch in batches for v in batch["pixel_values"][:, 0, 0, 0]]
+
+    assert len(drawn(1)) == 5
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(DataError, match="no calibration samples"):
+        make_batches(fake_prepare, [], 4)
+
+
+def test_folder_of_images_takes_the_questions_in_turn(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png", "c.png"):
+        save_image(tmp_path / name, 1)
+    (tmp_path / "notes.md").write_text("not an image")
+    assert {item.question for item in items_from_folder(tmp_path)} == {"Describe this image."}
+    (tmp_path / "prompts.txt").write_text("first\n\nsecond\n")
+    items = items_from_folder(tmp_path)
+    assert [item.image.path.name for item in items] == ["a.png", "b.png", "c.png"]
+    assert [item.question for item in items] == ["first", "second", "first"]
+
+
+def test_folder_with_one_jsonl_file_is_read_from_it(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png", 1)
+    line = json.dumps({"image": "a.png", "question": "color?", "answer": "red"})
+    (tmp_path / "set.jsonl").write_text(line + "\n")
+    assert items_from_folder(tmp_path)[0].answer == "red"
+    (tmp_path / "other.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=r"other\.jsonl, set\.jsonl"):
+        items_from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "prompts.txt"])
+def test_folder_without_images_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / content).write_text("question")
+    with pytest.raises(DataError, match="holds no images"):
+        items_from_folder(tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        items_from_folder(tmp_path / "missing")
+
+
+def test_empty_prompts_file_is_refused(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png", 1)
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(DataError, match="is empty"):
+        items_from_folder(tmp_path)
+
+
+def test_model_without_logits_has_no_importance() -> None:
+    module = Toy()
+    blocks = [("first", module.first), ("second", module.second)]
+    batches = [{"x": torch.randn(5, 64)}]
+    assert token_importance(module, [Part("decoder", blocks)], batches, seed=0) == {}

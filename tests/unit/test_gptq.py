@@ -1,0 +1,162 @@
+"""Affine baselines: round to nearest, GPTQ, and the factors they share with the planes."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bivlm_edge.quant import gptq, rtn
+from bivlm_edge.quant.linalg import compensate, damped, inverse_factor, relative_error
+from bivlm_edge.quant.options import LayerOptions
+from bivlm_edge.quant.weights import DenseWeight, GroupWeight
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(k: int, seed: int = 0) -> Tensor:
+    mixed = gaussian(4 * k, k, seed=seed) @ gaussian(k, k, seed=seed + 1)
+    return mixed.T @ mixed / len(mixed)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("k", [64, 192, 256, 100])
+def test_gptq_with_identity_hessian_is_rounding_to_nearest(bits: int, k: int) -> None:
+    weight = gaussian(9, k)
+    options = LayerOptions(bits=bits)
+    plain = rtn.quantize(weight, torch.eye(k), options)
+    compensated = gptq.quantize(weight, torch.eye(k), options)
+    np.testing.assert_array_equal(plain.codes, compensated.codes)
+    np.testing.assert_array_equal(plain.scale, compensated.scale)
+    np.testing.assert_array_equal(plain.zero, compensated.zero)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gptq_beats_rounding_on_correlated_inputs(bits: int) -> None:
+    weight, hessian = gaussian(40, 300), correlated(300)
+    errors = [
+        relative_error(
+            weight,
+            torch.from_numpy(
+                method.quantize(weight, hessian, LayerOptions(bits=bits)).dequantize()
+            ),
+            hessian,
+        )
+        for method in (rtn, gptq)
+    ]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_gptq_is_the_sequential_definition() -> None:
+    """Against optimal brain surgery step by step: explicit inverses, no Cholesky, no blocks."""
+    weight, hessian = gaussian(3, 32, seed=5), correlated(32, seed=6)
+    options = LayerOptions(bits=2, group=32)
+    scale, zero = rtn.affine_grid(weight, 2, 32)
+    regular = damped(hessian)
+    rest = weight.double()
+    expected = torch.empty(3, 32)
+    left = sorted(range(32), key=lambda j: -float(hessian[j, j]))
+    while left:
+        j = left[0]
+        inverse = torch.linalg.inv(regular[left][:, left])
+        code = (rest[:, j] / scale[:, 0] + zero[:, 0]).round().clamp(0, 3)
+        expected[:, j] = code.float()
+        error = rest[:, j] - scale[:, 0] * (code - zero[:, 0])
+        rest[:, left] -= torch.outer(error, inverse[0] / inverse[0, 0])
+        left = left[1:]
+    found = gptq.quantize(weight, hessian, options)
+    np.testing.assert_array_equal(found.codes[:, :32], expected.numpy())
+
+
+def test_rtn_rounds_by_the_formula_and_keeps_zero_exact() -> None:
+    weight = torch.tensor([[-1.0, 0.0, 0.4, 2.0] + [0.0] * 28])
+    packed = rtn.quantize(weight, torch.eye(32), LayerOptions(bits=2, group=32))
+    # span 3 over 3 steps: scale 1, zero round(1 / 1) = 1
+    assert packed.scale.tolist() == [[1.0]]
+    assert packed.zero.tolist() == [[1]]
+    assert packed.codes[0, :4].tolist() == [0, 1, 1, 3]
+    assert packed.dequantize()[0, :4].tolist() == [-1.0, 0.0, 0.0, 2.0]
+
+
+def test_true_bits_count_scales_and_packed_zeros() -> None:
+    packed = rtn.quantize(gaussian(8, 256), torch.eye(256), LayerOptions(bits=2))
+    assert packed.group == 128
+    # 2 groups: two float16 scales, two 2-bit zeros in one byte
+    assert packed.true_bits == 8 * (64 + 4 + 1) / 256
+    assert packed.nbytes == 8 * 69
+
+
+@pytest.mark.parametrize(("k", "group"), [(256, 128), (192, 64), (96, 32), (100, 32)])
+def test_group_is_the_largest_that_divides_the_width(k: int, group: int) -> None:
+    packed = rtn.quantize(gaussian(2, k), torch.eye(k), LayerOptions(bits=4))
+    assert packed.group == group
+    assert packed.codes.shape == (2, -(-k // group) * group)
+    assert packed.dequantize().shape == (2, k)
+
+
+def test_group_weight_refuses_parts_that_disagree() -> None:
+    good = rtn.quantize(gaussian(2, 64), torch.eye(64), LayerOptions(bits=2))
+    for changes, words in (
+        ({"bits": 3}, "bits 3"),
+        ({"group": 48}, "group 48"),
+        ({"codes": good.codes[:, :32]}, "codes is uint8"),
+        ({"zero": good.zero + np.uint8(4)}, "exceeds 3"),
+        ({"scale": np.full_like(good.scale, np.nan)}, "NaN"),
+    ):
+        parts = {name: getattr(good, name) for name in GroupWeight.__slots__} | changes
+        with pytest.raises(ValueError, match=words):
+            GroupWeight(**parts)
+
+
+def test_dense_weight_counts_its_formula() -> None:
+    dense = DenseWeight(np.zeros((4, 10), np.float32), claimed_bits=1.1, true_bits=3.3)
+    assert (dense.n, dense.k, dense.nbytes) == (4, 10, 17)  # 132 bits
+
+
+def test_factor_squares_to_the_damped_inverse() -> None:
+    hessian = correlated(50)
+    upper = inverse_factor(hessian)
+    product = upper.T @ upper @ damped(hessian)
+    torch.testing.assert_close(product, torch.eye(50).double(), rtol=0, atol=1e-8)
+    assert torch.equal(upper, upper.triu())
+
+
+def test_damping_grows_with_a_log_line_until_the_factorization_succeeds(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    matrix = torch.eye(4)
+    matrix[0, 1] = matrix[1, 0] = 1.05  # eigenvalue -0.05
+    with caplog.at_level(logging.WARNING):
+        upper = inverse_factor(matrix)
+    assert "trying 0.1" in caplog.text
+    expected = torch.linalg.inv(damped(matrix, 0.1))
+    torch.testing.assert_close(upper.T @ upper, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_hessian_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        inverse_factor(torch.full((2, 2), torch.nan))
+
+
+def test_dead_inputs_round_to_zero() -> None:
+    hessian = correlated(64)
+    hessian[5] = hessian[:, 5] = 0
+    packed = gptq.quantize(gaussian(4, 64), hessian, LayerOptions(bits=2))
+    assert (packed.dequantize()[:, 5] == 0).all()
+
+
+def test_compensation_across_blocks_is_that_of_one_block() -> None:
+    weight_t, hessian = gaussian(200, 3), correlated(200)
+    factor = inverse_factor(hessian)
+    found = compensate(weight_t, factor, lambda _, column: column.round())
+    rest, expected = weight_t.double(), torch.empty(200, 3)
+    for j in range(200):
+        expected[j] = rest[j].round()
+        rest[j:] -= torch.outer(factor[j, j:] / factor[j, j], rest[j] - rest[j].round())
+    # a value within float32 noise of a tie may round the other way
+    assert (found == expected).float().mean() > 0.99

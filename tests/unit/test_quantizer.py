@@ -1,0 +1,241 @@
+"""Whole models: every layer is accounted for, the module computes what the packed weights say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from bivlm_edge.config import METHODS, QuantConfig
+from bivlm_edge.errors import RequestError
+from bivlm_edge.quant.packed import BinaryWeight
+from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
+from bivlm_edge.quant.weights import DenseWeight, GroupWeight
+
+
+class Part(NamedTuple):
+    name: str
+    blocks: Sequence[tuple[str, nn.Module]]
+
+
+@dataclass
+class TinyLlava:
+    """Stands in for models.VisionLanguageModel around a small random LLaVA."""
+
+    module: Any
+
+    def block_sequences(self) -> list[Part]:
+        names = {id(part): name for name, part in self.module.named_modules()}
+        tower = self.module.model.vision_tower
+        layers = getattr(tower, "vision_model", tower).encoder.layers
+        parts = [
+            ("vision", list(layers[:1])),
+            ("projector", [self.module.model.multi_modal_projector]),
+            ("decoder", list(self.module.model.language_model.layers)),
+        ]
+        return [Part(name, [(names[id(b)], b) for b in blocks]) for name, blocks in parts]
+
+
+def tiny_llava() -> TinyLlava:
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=40,
+            hidden_size=96,
+            intermediate_size=130,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+        image_token_id=3,
+        image_seq_length=4,
+        vision_feature_layer=-2,
+    )
+    module = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    for layer in module.modules():  # biases start at zero, which would hide a wrong sign
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            layer.bias.normal_()
+    return TinyLlava(module)
+
+
+def make_inputs(count: int = 4) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(4, 40, (4, 12), generator=generator)
+        ids[:, 1:5] = 3
+        pixels = torch.randn(4, 3, 16, 16, generator=generator) + 0.5
+        batches.append({"input_ids": ids, "pixel_values": pixels})
+    return batches
+
+
+def layers_of(vlm: TinyLlava) -> dict[str, nn.Linear]:
+    return {n: m for n, m in vlm.module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def check_account(vlm: TinyLlava, result: QuantizedModel) -> None:
+    layers = layers_of(vlm)
+    assert set(result.weights) | set(result.skipped) == set(layers)
+    assert not set(result.weights) & set(result.skipped)
+    assert [report.name for report in result.reports] == list(result.weights)
+    for name, weight in result.weights.items():
+        np.testing.assert_array_equal(layers[name].weight.detach().numpy(), weight.dequantize())
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "none"])
+def test_the_module_holds_what_the_weights_decode_to(method: str) -> None:
+    vlm = tiny_llava()
+    result = quantize_model(vlm, make_inputs(), QuantConfig(method=method, bits=2.0 + 2.0))
+    check_account(vlm, result)
+    kinds = {type(weight) for weight in result.weights.values()}
+    expected = {"bivlm-edge": BinaryWeight, "bivlm-paper": DenseWeight}
+    assert kinds == {expected.get(method, GroupWeight)}
+    assert result.skipped["lm_head"] == "vocabulary: exported at 8 bits"
+    unused = [name for name in result.skipped if ".layers.1." in name and "vision" in name]
+    assert len(unused) == 6
+    assert all("outside the blocks" in result.skipped[name] for name in unused)
+    for report in result.reports:
+        assert report.error_is_held_out
+        assert report.method == method
+        assert report.claimed_bits <= report.true_bits
+        assert 0 <= report.output_error < 1.5
+
+
+@pytest.mark.parametrize("bits", [2.1, 3.3])
+def test_budget_is_kept_over_all_layers_and_nearly_spent(bits: float) -> None:
+    vlm = tiny_llava()
+    result = quantize_model(vlm, make_inputs(), QuantConfig(bits=bits))
+    numel = sum(weight.n * weight.k for weight in result.weights.values())
+    assert 8 * result.nbytes <= bits * numel
+    assert result.true_bits == pytest.approx(8 * result.nbytes / numel)
+    assert result.true_bits > 0.9 * bits
+    assert result.nbytes == sum(
+        tensor.nbytes
+        for weight in result.weights.values()
+        if isinstance(weight, BinaryWeight)
+        for tensor in (weight.codes, weight.coefficients, weight.signs, weight.order)
+        if tensor is not None
+    )
+
+
+def test_budget_below_one_plane_is_refused_with_the_least_that_works() -> None:
+    with pytest.raises(RequestError, match=r"--bits 1.2 .* Choose at least 1\.\d") as caught:
+        quantize_model(tiny_llava(), make_inputs(), QuantConfig(bits=1.2))
+    least = float(str(caught.value).split("at least ")[1].rstrip("."))
+    result = quantize_model(tiny_llava(), make_inputs(), QuantConfig(bits=least))
+    assert result.true_bits <= least
+
+
+def test_bias_takes_up_the_mean_error() -> None:
+    vlm = tiny_llava()
+    before = {name: layer.weight.clone() for name, layer in layers_of(vlm).items()}
+    biases = {
+        name: layer.bias.clone() for name, layer in layers_of(vlm).items() if layer.bias is not None
+    }
+    batches = make_inputs()
+    result = quantize_model(vlm, batches, QuantConfig(bits=3.0))
+    name = next(name for name in result.weights if name.endswith("layers.0.mlp.fc1"))
+    layer = layers_of(vlm)[name]
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for batch in batches[:-1]:  # the last is held out
+        vlm.module(**batch)
+    handle.remove()
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
+    wanted = rows @ before[name].T + biases[name]
+    found = rows @ layer.weight.T + layer.bias
+    difference = (found - wanted).mean(dim=0)
+    uncorrected = (rows @ (layer.weight - before[name]).T).mean(dim=0)
+    assert difference.norm() < 0.5 * uncorrected.norm()  # token weights shift the mean a little
+
+
+def test_better_methods_and_more_bits_leave_less_error() -> None:
+    def mean_error(method: str, bits: float) -> float:
+        config = QuantConfig(method=method, bits=bits)
+        reports = quantize_model(tiny_llava(), make_inputs(), config).reports
+        return float(np.mean([report.output_error for report in reports]))
+
+    assert mean_error("gptq", 2) < mean_error("rtn", 2)
+    assert mean_error("bivlm-edge", 4.0) < mean_error("bivlm-edge", 2.2)
+
+
+def test_same_seed_same_bytes() -> None:
+    first, second = (
+        quantize_model(tiny_llava(), make_inputs(), QuantConfig(bits=2.5, seed=7)) for _ in range(2)
+    )
+    for name, weight in first.weights.items():
+        other = second.weights[name]
+        assert isinstance(weight, BinaryWeight)
+        assert isinstance(other, BinaryWeight)
+        assert weight.codes.tobytes() == other.codes.tobytes()
+        assert weight.coefficients.tobytes() == other.coefficients.tobytes()
+
+
+def test_method_none_changes_nothing() -> None:
+    vlm = tiny_llava()
+    before = {name: layer.weight.clone() for name, layer in layers_of(vlm).items()}
+    result = quantize_model(vlm, [], QuantConfig(method="none"))
+    assert not result.weights
+    assert set(result.skipped) == set(before)
+    assert result.true_bits == 0
+    assert all(torch.equal(layer.weight, before[n]) for n, layer in layers_of(vlm).items())
+
+
+def test_no_batches_are_refused() -> None:
+    with pytest.raises(RequestError, match="no calibration batches"):
+        quantize_model(tiny_llava(), [], QuantConfig())
+
+
+def test_progress_names_each_layer_once() -> None:
+    calls: list[tuple[str, int, int]] = []
+    config = QuantConfig(method="rtn", bits=4)
+    result = quantize_model(tiny_llava(), make_inputs(1), config, lambda *call: calls.append(call))
+    assert [name for name, _, _ in calls] == list(result.weights)
+    assert [done for _, done, _ in calls] == list(range(len(calls)))
+    assert {total for _, _, total in calls} == {len(calls)}
+    assert not any(report.error_is_held_out for report in result.reports)
+
+
+class Stack(nn.Module):
+    """Plain layers without logits: a narrow one, and one that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 8, bias=False))
+        self.spare = nn.Linear(96, 96)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x)
+
+
+@dataclass
+class StackModel:
+    module: Stack
+
+    def block_sequences(self) -> list[Part]:
+        return [Part("decoder", [("body", self.module.body)])]
+
+
+def test_plain_modules_are_quantized_and_small_layers_stay() -> None:
+    torch.manual_seed(0)
+    vlm = StackModel(Stack().eval().requires_grad_(False))
+    batches = [{"x": torch.randn(64, 128)} for _ in range(3)]
+    result = quantize_model(vlm, batches, QuantConfig(bits=2.4))
+    assert list(result.weights) == ["body.0"]
+    assert result.skipped["body.2"].startswith("too small (8 x 96)")
+    assert "outside" in result.skipped["spare"]
+    assert result.true_bits <= 2.4

@@ -1,0 +1,171 @@
+"""The schemas: registered once, with the defaults of OPS.md, and shapes inferred or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, defs, helper
+from onnx.shape_inference import InferenceError
+
+from bivlm_edge.export import schemas
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    schemas.register()
+
+
+def _inferred(
+    operator: str,
+    inputs: dict[str, tuple[int, list[Any]]],
+    outputs: list[str],
+    domain: str = schemas.DOMAIN,
+    **attributes: Any,
+) -> dict[str, tuple[int, list[Any]]]:
+    """Return type and shape of each output; `inputs` in order, "" for one that is absent."""
+    names = [name if not name.startswith("absent") else "" for name in inputs]
+    node = helper.make_node(operator, names, outputs, domain=domain, **attributes)
+    graph = helper.make_graph(
+        [node],
+        "one_node",
+        [helper.make_tensor_value_info(name, *inputs[name]) for name in names if name],
+        [onnx.ValueInfoProto(name=name) for name in outputs],
+    )
+    opsets = [helper.make_opsetid(name, 1) for name in (schemas.DOMAIN, schemas.MICROSOFT_DOMAIN)]
+    model = helper.make_model(graph, opset_imports=opsets)
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    return {
+        value.name: (
+            value.type.tensor_type.elem_type,
+            [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+        )
+        for value in inferred.graph.output
+    }
+
+
+def _binary_matmul(**changed: tuple[int, list[Any]]) -> dict[str, tuple[int, list[Any]]]:
+    inputs: dict[str, tuple[int, list[Any]]] = {
+        "X": (TensorProto.FLOAT, ["batch", 7, 300]),
+        "codes": (TensorProto.UINT8, [2, 1152]),
+        "coefficients": (TensorProto.FLOAT16, [2, 3, 16]),
+        "signs": (TensorProto.UINT8, [40]),
+        "order": (TensorProto.UINT16, [5]),
+    }
+    return _inferred(
+        "BinaryMatMul",
+        inputs | changed,
+        ["Y"],
+        K=300,
+        N=17,
+        plane_columns=[320, 256],
+        hadamard_block=64,
+    )
+
+
+def test_register_twice_is_allowed() -> None:
+    schemas.register()
+    for name, domain in (
+        ("BinaryMatMul", schemas.DOMAIN),
+        ("TokenPrune", schemas.DOMAIN),
+        ("MatMulNBits", schemas.MICROSOFT_DOMAIN),
+    ):
+        assert defs.get_schema(name, domain=domain).since_version == 1
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    def defaults(operator: str) -> dict[str, Any]:
+        attributes = defs.get_schema(operator, domain=schemas.DOMAIN).attributes
+        return {
+            name: helper.get_attribute_value(attribute.default_value)
+            for name, attribute in attributes.items()
+            if not attribute.required
+        }
+
+    assert defaults("BinaryMatMul") == {"hadamard_block": 0, "format": 1}
+    assert defaults("TokenPrune") == {
+        "mode": b"mmr",
+        "keep_count": -1,
+        "keep_ratio": -1.0,
+        "min_keep": 1,
+        "theta": 0.5,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize("element", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_binary_matmul_replaces_the_last_axis(element: int) -> None:
+    assert _binary_matmul(X=(element, ["batch", 7, 300])) == {"Y": (element, ["batch", 7, 17])}
+    assert _binary_matmul(X=(element, [300])) == {"Y": (element, [17])}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"X": (TensorProto.FLOAT, [2, 299])}, "last axis of its first input is 299; K = 300"),
+        ({"X": (TensorProto.FLOAT, [])}, "is a scalar"),
+        ({"codes": (TensorProto.UINT8, [2, 1024])}, r"codes \[2, 1024\].*needs 1152"),
+        ({"coefficients": (TensorProto.FLOAT16, [2, 2, 16])}, "coefficients.*needs 3"),
+        ({"coefficients": (TensorProto.FLOAT16, [2, 48])}, r"coefficients has shape \[2, 48\]"),
+        ({"signs": (TensorProto.UINT8, [38])}, "signs.*needs 40"),
+    ],
+)
+def test_binary_matmul_shapes_that_disagree_are_refused(
+    changed: dict[str, tuple[int, list[Any]]], message: str
+) -> None:
+    with pytest.raises(InferenceError, match=f"BinaryMatMul: .*{message}"):
+        _binary_matmul(**changed)
+
+
+def test_binary_matmul_of_float64_is_refused() -> None:
+    with pytest.raises(InferenceError, match="BinaryMatMul"):
+        _binary_matmul(X=(TensorProto.DOUBLE, [2, 300]))
+
+
+def test_token_prune_keeps_batch_width_and_type() -> None:
+    outputs = _inferred(
+        "TokenPrune",
+        {
+            "hidden": (TensorProto.FLOAT16, ["batch", "tokens", 48]),
+            "scores": (TensorProto.FLOAT, ["batch", "tokens"]),
+        },
+        ["pruned", "kept_indices", "lengths"],
+    )
+    element, shape = outputs["pruned"]
+    assert (element, shape[0], shape[2]) == (TensorProto.FLOAT16, "batch", 48)
+    assert shape[1] not in ("tokens", 0)
+    assert outputs["kept_indices"][0] == TensorProto.INT64
+    assert outputs["lengths"] == (TensorProto.INT64, ["batch"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("mmr", "needs the input 'scores'"), ("attention", "'attention' is none of topk_score")],
+)
+def test_token_prune_mode_is_checked(mode: str, message: str) -> None:
+    with pytest.raises(InferenceError, match=f"TokenPrune: .*{message}"):
+        _inferred(
+            "TokenPrune",
+            {"hidden": (TensorProto.FLOAT, [1, 2, 3])},
+            ["pruned", "kept_indices"],
+            mode=mode,
+        )
+
+
+def test_matmul_nbits_has_the_shape_of_a_product() -> None:
+    outputs = _inferred(
+        "MatMulNBits",
+        {
+            "A": (TensorProto.FLOAT, ["tokens", 128]),
+            "B": (TensorProto.UINT8, [5, 2, 16]),
+            "scales": (TensorProto.FLOAT, [5, 2]),
+        },
+        ["Y"],
+        schemas.MICROSOFT_DOMAIN,
+        K=128,
+        N=5,
+        bits=2,
+        block_size=64,
+    )
+    assert outputs == {"Y": (TensorProto.FLOAT, ["tokens", 5])}

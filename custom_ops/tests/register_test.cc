@@ -13,6 +13,7 @@ namespace {
 // What the stand-in has been asked for.
 std::string status_message;
 std::vector<std::string> op_names;
+std::size_t ops_with_inference = 0;
 std::string domain_name;
 int domains_added = 0;
 uint32_t newest_api = 0;
@@ -30,6 +31,7 @@ ort::Status* FakeCreateDomain(const char* name, ort::CustomOpDomain** domain) {
 
 ort::Status* FakeAddOp(ort::CustomOpDomain*, const ort::CustomOp* op) {
   op_names.emplace_back(op->GetName(op));
+  ops_with_inference += op->InferOutputShapeFn != nullptr ? 1 : 0;
   return nullptr;
 }
 
@@ -43,13 +45,15 @@ void SetSlot(ort::Api* api, std::size_t slot, Function function) {
   api->slots[slot] = reinterpret_cast<void (*)()>(function);
 }
 
+// Two copies of ONNX Runtime: one before 1.24, one from there on.
 const ort::Api* FakeGetApi(uint32_t version) {
-  static ort::Api api = {};
-  SetSlot(&api, ort::CreateStatus::kSlot, FakeCreateStatus);
-  SetSlot(&api, ort::CreateCustomOpDomain::kSlot, FakeCreateDomain);
-  SetSlot(&api, ort::CustomOpDomain_Add::kSlot, FakeAddOp);
-  SetSlot(&api, ort::AddCustomOpDomain::kSlot, FakeAddDomain);
-  return version <= newest_api ? &api : nullptr;
+  static ort::Api apis[2] = {};
+  ort::Api* api = &apis[newest_api < 24 ? 0 : 1];
+  SetSlot(api, ort::CreateStatus::kSlot, FakeCreateStatus);
+  SetSlot(api, ort::CreateCustomOpDomain::kSlot, FakeCreateDomain);
+  SetSlot(api, ort::CustomOpDomain_Add::kSlot, FakeAddOp);
+  SetSlot(api, ort::AddCustomOpDomain::kSlot, FakeAddDomain);
+  return version <= newest_api ? api : nullptr;
 }
 
 using RegisterFunction = ort::Status* (*)(ort::SessionOptions*, const ort::ApiBase*);
@@ -73,6 +77,18 @@ void OperatorsAreAddedOncePerRuntime(Checker* check, RegisterFunction register_o
   const std::vector<std::string> want = {"BinaryMatMul", "TokenPrune", "TokenPrune"};
   check->Expect(op_names == want, op_names.size(), " operators added");
   check->Expect(domains_added == 2, "domain added to ", domains_added, " sessions of 2");
+  check->Expect(ops_with_inference == 3, ops_with_inference, " operators infer shapes");
+}
+
+// ONNX Runtime 1.20 to 1.23 would crash (see register.cc).
+void NoShapeInferenceBefore124(Checker* check, RegisterFunction register_ops) {
+  const ort::ApiBase base = {FakeGetApi, [] { return "1.23.2"; }};
+  newest_api = 23;
+  op_names.clear();
+  ops_with_inference = 0;
+  check->Expect(register_ops(nullptr, &base) == nullptr, "register failed");
+  check->Expect(op_names.size() == 3, op_names.size(), " operators added");
+  check->Expect(ops_with_inference == 0, ops_with_inference, " operators infer shapes");
 }
 
 }  // namespace
@@ -83,7 +99,7 @@ int main() {
   Checker check;
   void* library = dlopen(BIVLM_LIBRARY, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    std::fprintf(stderr, "%s\n", dlerror());
+    std::fprintf(stderr, "%s\n", dlerror());  // NOLINT(concurrency-mt-unsafe)
     return 1;
   }
   const auto register_ops = reinterpret_cast<RegisterFunction>(dlsym(library, "RegisterCustomOps"));
@@ -91,6 +107,7 @@ int main() {
   if (register_ops != nullptr) {
     OldRuntimeIsRefusedByName(&check, register_ops);
     OperatorsAreAddedOncePerRuntime(&check, register_ops);
+    NoShapeInferenceBefore124(&check, register_ops);
   }
   return check.Finish("register_test");
 }

@@ -18,9 +18,9 @@ using Kept = std::vector<std::vector<int64_t>>;
 std::string Text(const Kept& kept) {
   std::string text;
   for (const std::vector<int64_t>& row : kept) {
-    text += "[";
+    text += '[';
     for (const int64_t token : row) text += std::to_string(token) + " ";
-    text += "]";
+    text += ']';
   }
   return text;
 }

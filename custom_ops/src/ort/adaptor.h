@@ -17,8 +17,13 @@
 namespace bivlm::ort {
 
 // A status of ONNX Runtime on its way to the edge; Guard hands it on.
-struct StatusError {
-  Status* status;
+class StatusError : public std::exception {
+ public:
+  explicit StatusError(Status* status) : status_(status) {}
+  Status* status() const { return status_; }
+
+ private:
+  Status* status_;
 };
 
 // A request that does not follow OPS.md.
@@ -27,7 +32,7 @@ class InvalidArgument : public std::runtime_error {
 };
 
 inline void Check(Status* status) {
-  if (status != nullptr) throw StatusError{status};
+  if (status != nullptr) throw StatusError(status);
 }
 
 // body(), with exceptions turned into a status. `where` names the operator and node.
@@ -38,7 +43,7 @@ Status* Guard(const Api* api, const std::string& where, const Body& body) noexce
       body();
       return nullptr;
     } catch (const StatusError& error) {
-      return error.status;
+      return error.status();
     } catch (const InvalidArgument& error) {
       const std::string message = where + ": " + error.what();
       return CreateStatus::Call(api, ErrorCode::kInvalidArgument, message.c_str());

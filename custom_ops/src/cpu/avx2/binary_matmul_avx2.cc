@@ -166,8 +166,8 @@ void AddStream(const BinaryMatMulStream& stream, const Codebook& codebook, const
 }
 
 struct HalfPanel {
-  const uint8_t* codes;
   Codebook codebooks[kMaxPlanes + 2];
+  const uint8_t* codes;
   std::size_t column;  // of y, of the first row
 };
 

@@ -196,5 +196,5 @@ def export_tables(name: str, report: Mapping[str, Any]) -> list[Table]:
     checks = _new_table("validation against torch", ["way"], ["logits error", "bound", "tokens"])
     for way in report["validation"]:
         same = f"{way['tokens'] - way['near_ties']}/{way['tokens']}"
-        checks.add_row(way["runtime"], f"{way['logits_error']:.1e}", f"{way['bound']:.0e}", same)
+        checks.add_row(way["runtime"], f"{way['logits_error']:.1e}", f"{way['bound']:g}", same)
     return [files, checks]

@@ -255,7 +255,7 @@ def _compare(
         if not errors.max() <= bound:  # also catches NaN
             raise ValidationError(
                 f"{name}: logits of sample {index}, step {int(errors.argmax())} differ from torch "
-                f"by {errors.max():.2e} of their spread; the bound is {bound:.0e}. "
+                f"by {errors.max():.2e} of their spread; the bound is {bound:g}. "
                 "No file was written."
             )
         worst = max(worst, float(errors.max()))

@@ -22,4 +22,6 @@ step "C++ kernels under ASan and UBSan"
   ctest --preset asan --output-on-failure)
 
 step "pytest"
-pytest -q "$@"
+# Small tensors: threads of torch would only wait for each other; two processes do not.
+export OMP_NUM_THREADS=1
+pytest -q -n 2 --dist loadfile "$@"

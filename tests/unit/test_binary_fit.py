@@ -34,7 +34,8 @@ def hessian(k: int, seed: int = 0) -> Tensor:
     spectrum = torch.arange(1, k + 1).float() ** -0.9
     gains = torch.exp(0.6 * gaussian(k, seed=seed + 200))
     gains[: max(k // 50, 1)] *= 5
-    return (basis.T * spectrum) @ basis * gains * gains[:, None]
+    mixed: Tensor = (basis.T * spectrum) @ basis * gains * gains[:, None]
+    return mixed
 
 
 @pytest.mark.parametrize(

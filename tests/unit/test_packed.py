@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,7 +250,7 @@ ROTATED = random_weight(16, 192, (192,), hadamard_block=64, order="columns")
     ],
 )
 def test_parts_that_disagree_are_refused(
-    weight: BinaryWeight, changes: dict[str, object], words: str
+    weight: BinaryWeight, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
         replace(weight, **changes)

@@ -22,13 +22,15 @@ def token_importance(
 
     To second order, an error d in row t of a layer's output raises the KL divergence of the
     answer by about gradient[t]^2 * |d|^2 / 2. The root is taken because the square trusts a few
-    rows of a few samples too much: on the reference model it left 0.0059 KL at 1.5 bits and
-    0.0012 at 2.0 on held-out questions, the root 0.0007 and 0.0005, equal weights within a layer
-    0.0021 and 0.0005. The gradient is that of the logits along a random
-    direction whose covariance is the Fisher information of their softmax, softened by a
-    temperature so that certain answers count too. Counted are the positions that predict a
-    label; without labels, the last one. Kim et al., "GuidedQuant", 2025, uses the gradient of
-    the loss itself; this one needs no labels and has less variance.
+    rows of a few samples too much: the KL of 800 held-out questions on the reference model was
+    0.0058 at 1.5 bits and 0.0012 at 2.0 with the square, 0.0008 and 0.0003 with the root, 0.0021
+    and 0.0005 with equal weights within a layer.
+
+    The gradient is that of the logits along a random direction whose covariance is the Fisher
+    information of their softmax, softened by a temperature so that certain answers count too.
+    Counted are the positions that predict a label; without labels, the last one. Kim et al.,
+    "GuidedQuant", 2025, uses the gradient of the loss itself; this one needs no labels and has
+    less variance.
 
     Args:
         module: The whole model, called as `module(**batch)`; returns an object with `logits`, else

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,6 @@ from bivlm_edge.export.parts import kv_geometry
 from bivlm_edge.models import VisionLanguageModel
 
 DEFAULT_NEW_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class GraphFacts:
-    """What the manifest says about the graph itself."""
-
-    uses_custom_ops: bool
-    config: ExportConfig
 
 
 def write_assets(vlm: VisionLanguageModel, folder: Path) -> None:
@@ -41,8 +32,10 @@ def write_assets(vlm: VisionLanguageModel, folder: Path) -> None:
     (folder / bundle.CHAT_TEMPLATE).write_text(vlm.chat_template, encoding="utf-8")
 
 
-def write_manifest(vlm: VisionLanguageModel, paths: BundlePaths, facts: GraphFacts) -> Manifest:
-    """Write the manifest for the graph and data that lie at `paths`."""
+def write_manifest(
+    vlm: VisionLanguageModel, paths: BundlePaths, config: ExportConfig, *, uses_custom_ops: bool
+) -> None:
+    """Write the manifest for the graph, data and assets that lie at `paths`."""
     layers, kv_heads, head_dim = kv_geometry(vlm)
     generation = vlm.module.generation_config
     eos = generation.eos_token_id
@@ -62,7 +55,7 @@ def write_manifest(vlm: VisionLanguageModel, paths: BundlePaths, facts: GraphFac
         layers=layers,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        dtype=facts.config.dtype,
+        dtype=config.dtype,
         context_length=int(vlm.text_config.max_position_embeddings),
         vocab_size=int(vlm.module.get_output_embeddings().out_features),
         image_token_id=vlm.image_token_id,
@@ -76,12 +69,11 @@ def write_manifest(vlm: VisionLanguageModel, paths: BundlePaths, facts: GraphFac
         max_new_tokens=int(generation.max_new_tokens or DEFAULT_NEW_TOKENS),
         image=image_spec(vlm),
         image_prompt=vlm.image_prompt,
-        uses_custom_ops=facts.uses_custom_ops,
-        fallback=facts.config.fallback,
-        config=facts.config.to_json(),
+        uses_custom_ops=uses_custom_ops,
+        fallback=config.fallback,
+        config=config.to_json(),
     )
     bundle.write_manifest(manifest, paths.assets)
-    return manifest
 
 
 def image_spec(vlm: VisionLanguageModel) -> ImageSpec:

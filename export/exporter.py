@@ -109,7 +109,7 @@ def export_model(
         staged.assets.mkdir()
         assets.write_assets(vlm, staged.assets)
         has_custom_ops = any(node.domain == schemas.DOMAIN for node in model.graph.all_nodes())
-        assets.write_manifest(vlm, staged, assets.GraphFacts(has_custom_ops, config))
+        assets.write_manifest(vlm, staged, config, uses_custom_ops=has_custom_ops)
         tell("validating", 0, 1)
         samples = _validation_samples(vlm, items)
         ways = ways_to_run(has_custom_ops, config.fallback)
@@ -176,10 +176,11 @@ def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) ->
     table = vlm.module.get_input_embeddings()
     head = vlm.module.get_output_embeddings()
     name = next(name for name, module in vlm.module.named_modules() if module is head)
-    table_weight = quantize_table(table.weight.numpy())
-    head_weight = quantize_table(head.weight.numpy())
     if not quantized.weights:
         return Vocabulary(table.weight.numpy(), {})
+    is_tied = head.weight is table.weight
+    table_weight = quantize_table(table.weight.numpy())
+    head_weight = table_weight if is_tied else quantize_table(head.weight.numpy())
     if table_weight is None or head_weight is None:
         quantized.skipped[name] = "vocabulary: its width is not a multiple of 16; kept in float"
         return Vocabulary(table.weight.numpy(), {})

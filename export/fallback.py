@@ -21,10 +21,10 @@ from onnx import FunctionProto, TensorProto, helper
 from bivlm_edge.errors import RequestError
 from bivlm_edge.export.function_body import FunctionBody
 from bivlm_edge.export.schemas import MICROSOFT_DOMAIN
+from bivlm_edge.quant.hadamard import hadamard_matrix
+from bivlm_edge.quant.layout import CHUNK, PANEL, padded_columns, plane_classes
 
 OPSET = 23
-CHUNK = 64
-PANEL = 16
 
 _FLOAT, _INT32, _INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 
@@ -78,20 +78,14 @@ class BinaryMatMulConfiguration:
 
     @property
     def padded_k(self) -> int:
-        return -(-self.k // CHUNK) * CHUNK
-
-    @property
-    def panels(self) -> int:
-        return -(-self.n // PANEL)
+        return padded_columns(self.k)
 
     @property
     def classes(self) -> list[tuple[int, int]]:
         """(planes, chunks) of each class that exists, in the order of the columns."""
-        bounds = [*self.plane_columns, 0]
         return [
-            (planes, (bounds[planes - 1] - bounds[planes]) // CHUNK)
-            for planes in range(len(self.plane_columns), 0, -1)
-            if bounds[planes - 1] > bounds[planes]
+            (group.planes, (group.stop - group.start) // CHUNK)
+            for group in plane_classes(self.plane_columns)
         ]
 
     @property
@@ -151,7 +145,7 @@ def _transform(body: FunctionBody, configuration: BinaryMatMulConfiguration) -> 
         bits = _bits(body, body("Unsqueeze", "signs", [1]), np.arange(8, dtype=np.uint8))
         u = body("Mul", u, body("CastLike", _plus_minus_one(body, body("Reshape", bits, [-1])), u))
     if block:
-        matrix = body("CastLike", _hadamard_signs(block), u)
+        matrix = body("CastLike", np.sign(hadamard_matrix(block)).astype(np.int8), u)
         scale = body("CastLike", np.array(block**-0.5, dtype=np.float32), u)
         blocks = body("Reshape", u, [-1, block])
         u = body("MatMul", blocks, body("Mul", matrix, scale))
@@ -258,11 +252,3 @@ def _plus_minus_one(body: FunctionBody, bits: str) -> str:
 
 def _joined(body: FunctionBody, regions: list[str]) -> str:
     return regions[0] if len(regions) == 1 else body("Concat", *regions, axis=1)
-
-
-def _hadamard_signs(block: int) -> np.ndarray:
-    """int8 [block, block], H[i, j] = (-1)^popcount(i & j)."""
-    matrix = np.ones((1, 1), dtype=np.int8)
-    while len(matrix) < block:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix

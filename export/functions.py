@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import onnx_ir as ir
 
 from bivlm_edge.config import Fallback
@@ -22,19 +24,17 @@ def attach(model: ir.Model, kind: Fallback) -> None:
         if node.domain != schemas.DOMAIN:
             continue
         if node.op_type == "BinaryMatMul":
-            configuration = _binary_matmul_configuration(node)
-            node.overload = configuration.overload
-            key = (schemas.DOMAIN, node.op_type, node.overload)
-            if key not in model.functions:
-                proto = fallback.binary_matmul_function(configuration, kind, node.overload, opset)
-                model.functions[key] = ir.serde.deserialize_function(proto)
-        elif node.op_type == "TokenPrune":
+            matmul = _binary_matmul_configuration(node)
+            overload = matmul.overload
+            write = partial(fallback.binary_matmul_function, matmul, kind)
+        else:
             prune = _token_prune_configuration(node)
-            node.overload = prune.overload
-            key = (schemas.DOMAIN, node.op_type, node.overload)
-            if key not in model.functions:
-                proto = fallback_prune.token_prune_function(prune, node.overload, opset)
-                model.functions[key] = ir.serde.deserialize_function(proto)
+            overload = prune.overload
+            write = partial(fallback_prune.token_prune_function, prune)
+        node.overload = overload
+        key = (node.domain, node.op_type, overload)
+        if key not in model.functions:
+            model.functions[key] = ir.serde.deserialize_function(write(overload, opset))
 
 
 def _binary_matmul_configuration(node: ir.Node) -> fallback.BinaryMatMulConfiguration:

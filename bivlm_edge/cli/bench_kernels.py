@@ -190,6 +190,8 @@ def run_kernels(request: Request, on_round: Callable[[int], None]) -> dict[str, 
     """
     library = custom_ops_library()
     models = _kernel_models()
+    for n, k in request.shapes:
+        _check_room(request, n, k, models.MAX_COPIES)
     done = 0
 
     def count_round() -> None:
@@ -249,7 +251,6 @@ class _Bench:
 
     def __enter__(self) -> _Bench:
         with tempfile.TemporaryDirectory(prefix="bivlm-bench-") as folder:
-            self._check_room(Path(folder))
             for number, file in enumerate(_FILES):
                 self._load(file, Path(folder) / f"{number}.onnx")
         return self
@@ -276,13 +277,7 @@ class _Bench:
 
     def _load(self, file: _File, path: Path) -> None:
         write = getattr(self._models, file.writer)
-        try:
-            model = write(path, self._n, self._k, fill_bytes=self._fill, **file.arguments)
-        except ValueError as error:
-            raise RequestError(
-                f"{self._n}x{self._k} is too small for --cold-mb {self._request.cold_mb}: {error} "
-                "Lower --cold-mb (0 measures hot only), or choose larger shapes."
-            ) from error
+        model = write(path, self._n, self._k, fill_bytes=self._fill, **file.arguments)
         for row in file.rows:
             if row.pages == "huge" and not has_huge_pages():
                 continue
@@ -305,23 +300,28 @@ class _Bench:
         # What is mapped stays; the rest must neither fill the disk nor be written to it.
         model.data.unlink()
 
-    def _check_room(self, folder: Path) -> None:
-        weights = self._n * self._k
-        quantized = sum(max(self._fill, int(file.bits * weights / 8)) for file in _FILES[:-2])
-        floats = 2 * max(self._fill, 4 * weights)
-        # Mapped or read once, and copied: packed by ONNX Runtime, or into 2 MiB pages.
-        self._require(_available_memory(), 2 * (quantized + floats), "memory")
-        free = shutil.disk_usage(folder).free
-        self._require(free, max(self._fill, 4 * weights), f"disk space in '{folder.parent}'")
 
-    def _require(self, available: int | None, needed: int, what: str) -> None:
-        if available is None or available >= needed:
-            return
+def _check_room(request: Request, n: int, k: int, most_copies: int) -> None:
+    """Refuse what memory, disk or the graph of a cold measurement cannot hold."""
+    fill = request.cold_mb * _MB if request.tokens_of(cold=True) else 0
+    advice = "Lower --cold-mb (0 measures hot only), or choose other shapes with --shape."
+    if fill > most_copies * n * k // 8:  # 1 bit per weight, fewer than any operator has
         raise RequestError(
-            f"--kernels needs about {needed / _MB:,.0f} MB of {what} for {self._n}x{self._k} with "
-            f"--cold-mb {self._request.cold_mb}; {available / _MB:,.0f} MB are free. Lower "
-            "--cold-mb (0 measures hot only), or choose smaller shapes with --shape."
+            f"--shape {n}x{k} is too small for --cold-mb {request.cold_mb}: the graph would have "
+            f"more than {most_copies:,} nodes. {advice}"
         )
+    quantized = sum(max(fill, int(file.bits * n * k / 8)) for file in _FILES[:-2])
+    floats = max(fill, 4 * n * k)
+    # Everything is mapped or read once, and copied: packed by ONNX Runtime, or into 2 MiB pages.
+    needs = [("memory", _available_memory(), 2 * (quantized + 2 * floats))]
+    folder = tempfile.gettempdir()
+    needs.append((f"disk space in '{folder}'", shutil.disk_usage(folder).free, floats))
+    for what, available, needed in needs:
+        if available is not None and available < needed:
+            raise RequestError(
+                f"--kernels needs about {needed / _MB:,.0f} MB of {what} for {n}x{k} with "
+                f"--cold-mb {request.cold_mb}; {available / _MB:,.0f} MB are free. {advice}"
+            )
 
 
 def _available_memory() -> int | None:

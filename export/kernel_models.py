@@ -160,11 +160,11 @@ def _write(path: Path, product: _Product, n: int, k: int, fill_bytes: int) -> Ke
             for index, (name, tensor) in enumerate(zip(names, product.tensors, strict=True)):
                 stream.write(b"\0" * (-stream.tell() % _PAGE))
                 initializers.append(_external(name, tensor, data.name, stream.tell()))
-                content = memoryview(np.ascontiguousarray(tensor)).cast("B")
+                content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
                 if index == 0:
                     stream.write(copy.to_bytes(2, "little"))
                     content = content[2:]
-                stream.write(content)
+                stream.write(content.data)
             nodes.append(
                 helper.make_node(
                     product.op,

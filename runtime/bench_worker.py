@@ -157,9 +157,10 @@ class Worker:
             step = run_step(session, token_ids, KvCache.empty(session), pixels)
             prefills += [run] if turn else []
             run += 1
+        kept = step.cache.tokens
         cache = self._filled(step.cache)
-        run += cache is not step.cache
         cached = cache.tokens
+        run += cached > kept
         token = greedy(step.logits)
         for turn in range(min(1 + _PROFILED_DECODES, self.job.new_tokens - 1)):
             step = run_step(session, np.array([token], dtype=np.int64), cache)

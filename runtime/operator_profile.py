@@ -86,9 +86,9 @@ def _stage(stage: Stage, runs: Sequence[tuple[int, int]], nodes: Sequence[_Node]
     for index in stage.runs:
         start, duration = runs[index]
         times: defaultdict[str, list[int]] = defaultdict(list)
-        for ts, us, op in nodes:
+        for ts, node_us, op in nodes:
             if start <= ts < start + duration:
-                times[op].append(us)
+                times[op].append(node_us)
         per_run.append(times)
     us = {op: _median([sum(t[op]) for t in per_run]) for op in {op for t in per_run for op in t}}
     total = sum(us.values())

@@ -65,7 +65,7 @@ def run(
     ] = False,
     image: Annotated[
         list[str] | None,
-        typer.Option("--image", help="One picture. [default: a made-up JPEG of 640 x 480]"),
+        typer.Option("--image", help="One picture.", show_default="a made-up JPEG of 640 x 480"),
     ] = None,
     prompt: Annotated[
         str, typer.Option("--prompt", help="The question.")
@@ -79,7 +79,8 @@ def run(
         int | None,
         typer.Option(
             "--context",
-            help="Tokens in the KV cache when decoding starts. [default: those of the prompt]",
+            help="Tokens in the KV cache when decoding starts.",
+            show_default="those of the prompt",
         ),
     ] = None,
     profile: Annotated[
@@ -97,24 +98,24 @@ def run(
         typer.Option(
             "--shape",
             metavar="NxK",
-            help="--kernels: output x input features; may be repeated. "
-            f"[default: {', '.join(DEFAULT_SHAPES)}]",
+            help="--kernels: output x input features; may be repeated.",
+            show_default=", ".join(DEFAULT_SHAPES),
         ),
     ] = None,
     tokens: Annotated[
         list[int] | None,
         typer.Option(
             "--tokens",
-            help="--kernels: tokens of a product; may be repeated. "
-            f"[default: {', '.join(map(str, DEFAULT_TOKENS))}]",
+            help="--kernels: tokens of a product; may be repeated.",
+            show_default=", ".join(map(str, DEFAULT_TOKENS)),
         ),
     ] = None,
     cold_mb: Annotated[
         int | None,
         typer.Option(
             "--cold-mb",
-            help="--kernels: weights to cycle through, so that they come from memory; 0: only "
-            f"hot. [default: {DEFAULT_COLD_MB}]",
+            help="--kernels: weights to cycle through, so that they come from memory; 0: only hot.",
+            show_default=str(DEFAULT_COLD_MB),
         ),
     ] = None,
     no_custom_ops: NoCustomOpsOption = False,
@@ -127,8 +128,8 @@ def run(
     Prints tables, then one line of JSON. With --compare the models take turns
     and ratios are taken within each round: a slow moment of the machine hits
     all alike. --kernels measures the operators by themselves, against ONNX
-    Runtime's own, with random weights (it needs the package onnx and about 15
-    times --cold-mb of memory).
+    Runtime's own, with random weights (it needs the package onnx and free
+    memory of about 16 times --cold-mb).
 
     Examples:
       bivlm-bench model.onnx

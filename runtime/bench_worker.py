@@ -127,18 +127,21 @@ class Worker:
         token_ids, pixels = self._inputs()
         preprocess_ms = _ms_since(start)
         run_start = time.perf_counter()
-        step = run_step(session, token_ids, KvCache.empty(session), pixels)
+        cache = self._new_cache(len(token_ids))
+        step = run_step(session, token_ids, cache, pixels)
         token = greedy(step.logits)
         first_run_ms, ttft_ms = _ms_since(run_start), _ms_since(start)
-        decode_ms, last = self._decode(self._filled(step.cache), token)
+        self._fill(cache)
+        decode_ms = self._decode(cache, token)
         kept = len(step.kept)
         self.facts["kept_tokens"] = kept
-        self.facts["kv_cache_bytes"] = last.tokens * KvCache.bytes_per_token(session)
+        self.facts["kv_cache_bytes"] = cache.used_bytes
+        self.facts["kv_cache_allocated_bytes"] = cache.allocated_bytes
         prefill_ms = first_run_ms
         if pixels is not None:
             filler = _filler(session, kept)
             start = time.perf_counter()
-            run_step(session, filler, KvCache.empty(session))
+            run_step(session, filler, KvCache(session))
             prefill_ms = _ms_since(start)
         vision_ms = first_run_ms - prefill_ms
         return Sample(ttft_ms, preprocess_ms, first_run_ms, prefill_ms, vision_ms, decode_ms)
@@ -154,17 +157,15 @@ class Worker:
         prefills, decodes = [], []
         run = 0
         for turn in range(1 + _PROFILED_PREFILLS):  # the first is a warm-up
-            step = run_step(session, token_ids, KvCache.empty(session), pixels)
+            cache = self._new_cache(len(token_ids))
+            token = greedy(run_step(session, token_ids, cache, pixels).logits)
             prefills += [run] if turn else []
             run += 1
-        kept = step.cache.tokens
-        cache = self._filled(step.cache)
+        run += self._fill(cache)
         cached = cache.tokens
-        run += cached > kept
-        token = greedy(step.logits)
         for turn in range(min(1 + _PROFILED_DECODES, self.job.new_tokens - 1)):
-            step = run_step(session, np.array([token], dtype=np.int64), cache)
-            cache, token = step.cache, greedy(step.logits)
+            following = np.array([token], dtype=np.int64)
+            token = greedy(run_step(session, following, cache).logits)
             decodes += [run] if turn else []
             run += 1
         path = Path(session.ort.end_profiling())
@@ -186,11 +187,16 @@ class Worker:
                 f"--new-tokens {self.job.new_tokens:,}. Lower one of them."
             )
 
-    def _filled(self, cache: KvCache) -> KvCache:
-        """The cache, with as much other text behind the prompt as --context asks for."""
+    def _new_cache(self, tokens: int) -> KvCache:
+        """An empty cache with room for a prompt of `tokens`, the filler and the answer."""
+        room = max(tokens, self.job.context or 0) + self.job.new_tokens
+        return KvCache(self.answerer.session, room)
+
+    def _fill(self, cache: KvCache) -> int:
+        """Put as much other text behind the prompt as --context asks for; return the runs made."""
         context = self.job.context
         if context is None or context == cache.tokens:
-            return cache
+            return 0
         if context < cache.tokens:
             raise RequestError(
                 f"--context {context:,} is less than the {cache.tokens:,} tokens of the prompt "
@@ -199,15 +205,15 @@ class Worker:
         more = context - cache.tokens
         self._check_context(context, cache.position + more)
         session = self.answerer.session
-        return run_step(session, _filler(session, more), cache).cache
+        run_step(session, _filler(session, more), cache)
+        return 1
 
-    def _decode(self, cache: KvCache, token: int) -> tuple[float, KvCache]:
+    def _decode(self, cache: KvCache, token: int) -> float:
         start = time.perf_counter()
         for _ in range(self.job.new_tokens - 1):
             following = np.array([token], dtype=np.int64)
-            step = run_step(self.answerer.session, following, cache)
-            cache, token = step.cache, greedy(step.logits)
-        return _ms_since(start) / max(1, self.job.new_tokens - 1), cache
+            token = greedy(run_step(self.answerer.session, following, cache).logits)
+        return _ms_since(start) / max(1, self.job.new_tokens - 1)
 
     def _inputs(self) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
         image = self.job.image

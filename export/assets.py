@@ -149,11 +149,13 @@ def write_report(report: dict[str, Any], folder: Path, graph: str) -> None:
     (folder / bundle.REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     bits = report["true_bits_per_weight"]
     size = "" if bits is None else f"- Bits per weight of its BinaryMatMul operators: {bits:.3f}\n"
+    note = f"- {report['note']}\n" if "note" in report else ""
     (folder / "README.md").write_text(
         f"# {report['model']}, exported by bivlm-edge\n\n"
         f"- Graph: `{graph}`, weights: `{graph}.data`, both needed side by side\n"
         f"- Family: {report['family']}; method: {report['config']['quant']['method']}\n"
         f"{size}"
+        f"{note}"
         f"- Data file: {files['data']:,} bytes\n\n"
         f'Ask it: `bivlm-run {graph} --image picture.png "what is this?"`.\n'
         "Layers, sizes and validation: `export_report.json`; preprocessing: `manifest.json`.\n",

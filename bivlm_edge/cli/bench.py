@@ -13,24 +13,41 @@ import typer
 from PIL import Image
 
 from bivlm_edge import report
+from bivlm_edge import synthetic as synthetic_models
 from bivlm_edge.bundle import BundlePaths, read_manifest
 from bivlm_edge.cli.common import (
     DebugOption,
     JsonOption,
-    ModelArgument,
     NoCustomOpsOption,
     ThreadsOption,
     command_errors,
     new_app,
     progress,
+    progress_by_name,
     show,
     show_json,
 )
-from bivlm_edge.errors import DataError
+from bivlm_edge.errors import DataError, RequestError
 from bivlm_edge.runtime.bench_worker import Job
 from bivlm_edge.runtime.benchmark import Contender, benchmark
 
 _PICTURE_SIZE = (640, 480)
+
+OptionalModelArgument = Annotated[
+    str | None, typer.Argument(help="The exported model.onnx.", metavar="[MODEL]")
+]
+SyntheticOption = Annotated[
+    str | None,
+    typer.Option(
+        "--synthetic",
+        help="In place of MODEL: an architecture at its real size with random weights, at two bits "
+        f"and, to compare, at four ({', '.join(synthetic_models.NAMES)}). Built on first use into "
+        "~/.cache/bivlm-edge/synthetic, which takes minutes and torch.",
+    ),
+]
+RefreshOption = Annotated[
+    bool, typer.Option("--refresh", help="Build what --synthetic names anew.")
+]
 
 app = new_app()
 
@@ -38,7 +55,9 @@ app = new_app()
 @app.command()
 @command_errors("bivlm-bench")
 def run(
-    model: ModelArgument,
+    model: OptionalModelArgument = None,
+    synthetic: SyntheticOption = None,
+    refresh: RefreshOption = False,
     compare: Annotated[
         list[str] | None,
         typer.Option("--compare", help="Another model to measure in turn; may be repeated."),
@@ -73,14 +92,17 @@ def run(
     Examples:
       bivlm-bench model.onnx
       bivlm-bench model.onnx --compare fp32.onnx --threads 1 --json
+      bivlm-bench --synthetic smolvlm-256m
     """
-    for path in (model, *(compare or [])):
+    model, *built = _models(model, synthetic, refresh=refresh)
+    compare = [*built, *(compare or [])]
+    for path in (model, *compare):
         read_manifest(BundlePaths(Path(path)))
     with _picture(image) as picture:
         contenders = [
             Contender(label, Job(path, picture, prompt, new_tokens, threads, custom_ops))
             for label, path, custom_ops in _entries(
-                model, compare or [], compare_fallback, custom_ops=not no_custom_ops
+                model, compare, compare_fallback, custom_ops=not no_custom_ops
             )
         ]
         total = (warmups + repeats) * len(contenders)
@@ -91,6 +113,25 @@ def run(
     if not as_json:
         show(*report.benchmark_tables(result))
     show_json(result)
+
+
+def _models(model: str | None, synthetic: str | None, *, refresh: bool) -> list[str]:
+    """The model to measure, and for --synthetic the 4-bit one to compare it with."""
+    if (model is None) == (synthetic is None):
+        raise RequestError(
+            f"{'neither' if model is None else 'both'} MODEL {'nor' if model is None else 'and'} "
+            "--synthetic was given. Give exactly one: the path of an exported model.onnx, or "
+            f"--synthetic with one of {', '.join(synthetic_models.NAMES)}."
+        )
+    if synthetic is None:
+        if refresh:
+            raise RequestError("--refresh goes with --synthetic only. Leave it out.")
+        return [str(model)]
+    with progress_by_name() as tell:
+        return [
+            str(synthetic_models.ensure(synthetic, method, refresh=refresh, progress=tell))
+            for method in synthetic_models.METHODS
+        ]
 
 
 def _entries(

@@ -93,6 +93,7 @@ def build_report(
     return {
         "model": vlm.name,
         "family": vlm.family.name,
+        "pictures": vlm.family.pictures,
         "config": config.to_json(),
         "true_bits_per_weight": _rounded(sizes.true_bits(binary)),
         "true_bits_all_linear": None if is_stand_in else _rounded(sizes.true_bits(linear)),

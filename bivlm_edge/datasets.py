@@ -215,6 +215,11 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
+def cache_folder() -> Path:
+    """Return the folder for what can be fetched or built again; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bivlm-edge"
+
+
 def _locate_easy_vqa() -> Path:
     """The data folder or the wheel; fetches the wheel if there is neither."""
     given = os.environ.get(EASY_VQA_VARIABLE)
@@ -226,8 +231,7 @@ def _locate_easy_vqa() -> Path:
                 "unzipped easy_vqa/data folder, or unset it to fetch the wheel."
             )
         return location
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bivlm-edge"
-    wheel = cache / EASY_VQA_WHEEL
+    wheel = cache_folder() / EASY_VQA_WHEEL
     if not wheel.is_file():
         _fetch_easy_vqa(wheel)
     return wheel

@@ -108,6 +108,10 @@ def image_spec(vlm: VisionLanguageModel) -> ImageSpec:
             f"{vlm.pixel_shape[1:]}. Correct size and crop_size in preprocessor_config.json."
         )
     do_normalize = bool(processor.do_normalize)
+    background = None
+    if vlm.family.image_spec_family == "llava_onevision":
+        red, green, blue = (int(value * 255) for value in processor.image_mean)
+        background = (red, green, blue)
     return ImageSpec(
         family=vlm.family.image_spec_family,
         resize_mode=resize_mode,
@@ -117,6 +121,7 @@ def image_spec(vlm: VisionLanguageModel) -> ImageSpec:
         rescale=float(processor.rescale_factor) if processor.do_rescale else None,
         mean=tuple(float(value) for value in processor.image_mean) if do_normalize else (),
         std=tuple(float(value) for value in processor.image_std) if do_normalize else (),
+        background=background,
         split_tiles=False,  # calibrated and validated on whole pictures (models/families.py)
     )
 
@@ -149,11 +154,14 @@ def write_report(report: dict[str, Any], folder: Path, graph: str) -> None:
     (folder / bundle.REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     bits = report["true_bits_per_weight"]
     size = "" if bits is None else f"- Bits per weight of its BinaryMatMul operators: {bits:.3f}\n"
+    note = f"- {report['note']}\n" if "note" in report else ""
     (folder / "README.md").write_text(
         f"# {report['model']}, exported by bivlm-edge\n\n"
         f"- Graph: `{graph}`, weights: `{graph}.data`, both needed side by side\n"
         f"- Family: {report['family']}; method: {report['config']['quant']['method']}\n"
+        f"- Pictures: {report['pictures']}\n"
         f"{size}"
+        f"{note}"
         f"- Data file: {files['data']:,} bytes\n\n"
         f'Ask it: `bivlm-run {graph} --image picture.png "what is this?"`.\n'
         "Layers, sizes and validation: `export_report.json`; preprocessing: `manifest.json`.\n",

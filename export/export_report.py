@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from bivlm_edge.bundle import BundlePaths
 from bivlm_edge.config import ExportConfig
 from bivlm_edge.errors import ValidationError
@@ -35,8 +37,18 @@ def build_report(
     comparisons: Sequence[Comparison],
     staged: BundlePaths,
     config: ExportConfig,
+    parameters: int,
 ) -> dict[str, Any]:
     """Return the content of export_report.json.
+
+    Args:
+        vlm: The model.
+        quantized: Its quantized layers.
+        account: Bytes of the graph.
+        comparisons: How the file compares with torch.
+        staged: The written files.
+        config: How they were made.
+        parameters: Of the checkpoint, see `count_parameters`.
 
     Raises:
         ValidationError: A quantized layer is not in the graph.
@@ -65,7 +77,7 @@ def build_report(
                 "planes": None if layer.planes is None else list(layer.planes),
                 "hadamard_block": layer.hadamard_block,
                 "claimed_bits": round(layer.claimed_bits, 4),
-                "output_error": round(layer.output_error, 6),
+                "output_error": _rounded(layer.output_error),
             }
             if size.op == "MatMul":  # DenseWeight: exported as float, for checking only
                 entry["true_bits"] = round(layer.true_bits, 4)
@@ -78,10 +90,10 @@ def build_report(
         "graph": staged.graph.stat().st_size,
         "data": staged.data.stat().st_size,
     }
-    parameters = sum(tensor.numel() for tensor in vlm.module.parameters())
     return {
         "model": vlm.name,
         "family": vlm.family.name,
+        "pictures": vlm.family.pictures,
         "config": config.to_json(),
         "true_bits_per_weight": _rounded(sizes.true_bits(binary)),
         "true_bits_all_linear": None if is_stand_in else _rounded(sizes.true_bits(linear)),
@@ -92,6 +104,11 @@ def build_report(
         "file_bytes": file_bytes,
         "validation": [asdict(comparison) for comparison in comparisons],
     }
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters of a checkpoint, tied ones counted once."""
+    return sum(tensor.numel() for tensor in module.parameters())
 
 
 def _rounded(value: float | None) -> float | None:

@@ -25,7 +25,7 @@ from bivlm_edge.config import ExportConfig, QuantConfig
 from bivlm_edge.datasets import VqaItem
 from bivlm_edge.errors import OutputError, RequestError
 from bivlm_edge.export import assets, data_file, functions, parts, schemas, sizes
-from bivlm_edge.export.export_report import Account, build_report
+from bivlm_edge.export.export_report import Account, build_report, count_parameters
 from bivlm_edge.export.graph import GraphOptions, join_parts
 from bivlm_edge.export.validate import Sample, validate, ways_to_run
 from bivlm_edge.models import VisionLanguageModel
@@ -36,6 +36,7 @@ from bivlm_edge.quant.weights import GroupWeight
 logger = logging.getLogger(__name__)
 
 VALIDATION_SAMPLES = 8
+VOCABULARY_NOTE = "vocabulary: 8 bits, counted apart (tables)"
 Progress = Callable[[str, int, int], None]
 
 
@@ -58,6 +59,14 @@ class ExportResult:
 
     paths: BundlePaths
     report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What `write_bundle` put into the files: their bytes, and whether the library is used."""
+
+    account: Account
+    uses_custom_ops: bool
 
 
 def export_model(
@@ -95,29 +104,54 @@ def export_model(
     started = time.perf_counter()
     quantized = _quantize(vlm, items, config.quant, tell)
     vocabulary = _quantize_vocabulary(vlm, quantized)
-    quantized.skipped.update(_tables_in_float(vlm, vocabulary))
+    quantized.skipped.update(tables_in_float(vlm, vocabulary.table))
     dtype = torch.float16 if config.dtype == "fp16" else torch.float32
     weights = {**quantized.weights, **vocabulary.head}
-    with _staging(paths, overwrite=overwrite) as staged:
+    parameters = count_parameters(vlm.module)
+    with staging(paths, overwrite=overwrite) as staged:
         with parts.installed(vlm, weights, dtype):
-            tell("tracing", 0, 2)
-            model = _build_graph(vlm, vocabulary, dtype, config)
-            functions.attach(model, config.fallback)
-            account = Account(sizes.operator_sizes(model), sizes.table_sizes(model))
-            tell("writing", 1, 2)
-            data_file.save(model, staged.graph, paths.data.name)
-        staged.assets.mkdir()
-        assets.write_assets(vlm, staged.assets)
-        has_custom_ops = any(node.domain == schemas.DOMAIN for node in model.graph.all_nodes())
-        assets.write_manifest(vlm, staged, config, uses_custom_ops=has_custom_ops)
+            written = write_bundle(vlm, vocabulary.table, staged, dtype, config, tell)
         tell("validating", 0, 1)
         samples = _validation_samples(vlm, items)
-        ways = ways_to_run(has_custom_ops, config.fallback)
+        ways = ways_to_run(written.uses_custom_ops, config.fallback)
         comparisons = validate(staged.graph, vlm, config, samples, ways)
-        report = build_report(vlm, quantized, account, comparisons, staged, config)
+        report = build_report(
+            vlm, quantized, written.account, comparisons, staged, config, parameters
+        )
         report["seconds"] = round(time.perf_counter() - started, 1)
         assets.write_report(report, staged.assets, paths.graph.name)
     return ExportResult(paths, report)
+
+
+def write_bundle(
+    vlm: VisionLanguageModel,
+    table: GroupWeight | NDArray[np.float32],
+    staged: BundlePaths,
+    dtype: torch.dtype,
+    config: ExportConfig,
+    tell: Progress,
+) -> Written:
+    """Trace the parts, join them, and write graph, data, tokenizer, template and manifest.
+
+    Args:
+        vlm: Its layers are modules that trace to operator nodes (`parts.installed`).
+        table: Token table ``(vocab, hidden)``.
+        staged: Where to write; the names are the final ones.
+        dtype: Of activations and KV cache.
+        config: Options.
+        tell: Called with (what runs, steps done, steps in all).
+    """
+    tell("tracing", 0, 2)
+    model = _build_graph(vlm, table, dtype, config)
+    functions.attach(model, config.fallback)
+    account = Account(sizes.operator_sizes(model), sizes.table_sizes(model))
+    tell("writing", 1, 2)
+    data_file.save(model, staged.graph, staged.data.name)
+    staged.assets.mkdir()
+    assets.write_assets(vlm, staged.assets)
+    has_custom_ops = any(node.domain == schemas.DOMAIN for node in model.graph.all_nodes())
+    assets.write_manifest(vlm, staged, config, uses_custom_ops=has_custom_ops)
+    return Written(account, has_custom_ops)
 
 
 def _tell_nobody(what: str, done: int, total: int) -> None:
@@ -184,21 +218,23 @@ def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) ->
     if table_weight is None or head_weight is None:
         quantized.skipped[name] = "vocabulary: its width is not a multiple of 16; kept in float"
         return Vocabulary(table.weight.numpy(), {})
-    quantized.skipped[name] = "vocabulary: 8 bits, counted apart (tables)"
+    quantized.skipped[name] = VOCABULARY_NOTE
     with torch.no_grad():
         table.weight.copy_(torch.from_numpy(table_weight.dequantize()))
         head.weight.copy_(torch.from_numpy(head_weight.dequantize()))
     return Vocabulary(table_weight, {name: head_weight})
 
 
-def _tables_in_float(vlm: VisionLanguageModel, vocabulary: Vocabulary) -> dict[str, str]:
+def tables_in_float(
+    vlm: VisionLanguageModel, exported: GroupWeight | NDArray[np.float32]
+) -> dict[str, str]:
     """Return the weights that are no linear layers, with what becomes of them."""
     table = vlm.module.get_input_embeddings()
     found = {}
     for name, module in vlm.module.named_modules():
         if module is table:
-            is_quantized = isinstance(vocabulary.table, GroupWeight)
-            found[name] = "vocabulary: 8 bits, counted apart (tables)" if is_quantized else "float"
+            is_quantized = isinstance(exported, GroupWeight)
+            found[name] = VOCABULARY_NOTE if is_quantized else "float"
         elif isinstance(module, nn.Conv2d):
             found[name] = "convolution of the patches: kept in float"
         elif isinstance(module, nn.Embedding):
@@ -216,7 +252,10 @@ def _validation_samples(vlm: VisionLanguageModel, items: Sequence[VqaItem]) -> l
 
 
 def _build_graph(
-    vlm: VisionLanguageModel, vocabulary: Vocabulary, dtype: torch.dtype, config: ExportConfig
+    vlm: VisionLanguageModel,
+    table: GroupWeight | NDArray[np.float32],
+    dtype: torch.dtype,
+    config: ExportConfig,
 ) -> ir.Model:
     vision = parts.trace_vision(vlm, dtype, config.opset)
     decoder = parts.trace_decoder(vlm, dtype, config.opset)
@@ -229,11 +268,11 @@ def _build_graph(
         opset=config.opset,
         prune=config.prune,
     )
-    return join_parts(vision, decoder, vocabulary.table, options)
+    return join_parts(vision, decoder, table, options)
 
 
 @contextlib.contextmanager
-def _staging(paths: BundlePaths, *, overwrite: bool) -> Iterator[BundlePaths]:
+def staging(paths: BundlePaths, *, overwrite: bool) -> Iterator[BundlePaths]:
     """Yield a bundle in a hidden folder beside the target; move it into place at the end.
 
     Whatever goes wrong before the end, an interrupt included, leaves the target as it was.

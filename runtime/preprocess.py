@@ -48,13 +48,15 @@ def preprocess(image: Image.Image, spec: ImageSpec) -> Picture:
         BundleError: The manifest names a processor that this build does not know.
     """
     image = to_rgb(image)
-    if spec.family == "clip":
+    if spec.family == "llava_onevision":
+        image = _squared(image, spec)
+    if spec.family in ("clip", "llava_onevision"):
         return Picture(_normalized(_clip(image, spec), spec)[np.newaxis])
     if spec.family == "idefics3":
         return _idefics3(image, spec)
     raise BundleError(
-        f"the manifest asks for image preprocessing '{spec.family}'; this build knows clip and "
-        "idefics3. Install a newer bivlm-edge."
+        f"the manifest asks for image preprocessing '{spec.family}'; this build knows clip, "
+        "llava_onevision and idefics3. Install a newer bivlm-edge."
     )
 
 
@@ -67,6 +69,24 @@ def _clip(image: Image.Image, spec: ImageSpec) -> Pixels:
         raise _unknown_mode(spec)
     pixels = _resized(image, height, width, spec.resample)
     return pixels if spec.crop is None else _center_crop(pixels, *spec.crop)
+
+
+def _squared(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Put the picture into the middle of a square."""
+    if spec.background is None:
+        raise BundleError(
+            "the manifest names no background for image preprocessing 'llava_onevision'. Export "
+            "the model again."
+        )
+    edge = max(image.size)
+    if edge * edge > _MOST_RESIZED_PIXELS:
+        raise DataError(
+            f"a picture of {image.width} x {image.height} would be padded to {edge} x {edge} "
+            f"pixels; up to {_MOST_RESIZED_PIXELS:,} pixels are accepted. Crop the picture."
+        )
+    square = Image.new("RGB", (edge, edge), spec.background)
+    square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
+    return square
 
 
 def _idefics3(image: Image.Image, spec: ImageSpec) -> Picture:

@@ -13,6 +13,7 @@ import typer
 from PIL import Image
 
 from bivlm_edge import report
+from bivlm_edge import synthetic as synthetic_models
 from bivlm_edge.bundle import BundlePaths, read_manifest
 from bivlm_edge.cli.bench_kernels import (
     DEFAULT_COLD_MB,
@@ -30,6 +31,7 @@ from bivlm_edge.cli.common import (
     command_errors,
     new_app,
     progress,
+    progress_by_name,
     show,
     show_json,
 )
@@ -42,8 +44,24 @@ _FEWEST_PROFILED_TOKENS = 3
 _OF_KERNELS = ("shape", "tokens", "cold_mb")
 _OF_MODELS = (
     *("model", "compare", "compare_fallback", "image", "prompt", "new_tokens", "context"),
-    *("profile", "no_custom_ops"),
+    *("profile", "no_custom_ops", "synthetic", "refresh"),
 )
+
+OptionalModelArgument = Annotated[
+    str | None, typer.Argument(help="The exported model.onnx.", metavar="[MODEL]")
+]
+SyntheticOption = Annotated[
+    str | None,
+    typer.Option(
+        "--synthetic",
+        help="In place of MODEL: an architecture at its real size with random weights, at two bits "
+        f"and, to compare, at four ({', '.join(synthetic_models.NAMES)}). Built on first use into "
+        "~/.cache/bivlm-edge/synthetic, which takes minutes and torch.",
+    ),
+]
+RefreshOption = Annotated[
+    bool, typer.Option("--refresh", help="Build what --synthetic names anew.")
+]
 
 app = new_app()
 
@@ -52,9 +70,9 @@ app = new_app()
 @command_errors("bivlm-bench")
 def run(
     ctx: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(help="The exported model.onnx.", metavar="MODEL")
-    ] = None,
+    model: OptionalModelArgument = None,
+    synthetic: SyntheticOption = None,
+    refresh: RefreshOption = False,
     compare: Annotated[
         list[str] | None,
         typer.Option("--compare", help="Another model to measure in turn; may be repeated."),
@@ -135,6 +153,7 @@ def run(
       bivlm-bench model.onnx
       bivlm-bench model.onnx --compare fp32.onnx --threads 1 --json
       bivlm-bench model.onnx --context 512 --profile
+      bivlm-bench --synthetic smolvlm-256m
       bivlm-bench --kernels --shape 4096x4096 --tokens 1 --threads 1
     """
     if kernels:
@@ -143,10 +162,6 @@ def run(
             new_request(shape, tokens, threads, cold_mb, warmups, repeats), as_json=as_json
         )
         return
-    if model is None:
-        raise RequestError(
-            "there is nothing to measure. Give the path of a model.onnx, or --kernels."
-        )
     _refuse(ctx, _OF_KERNELS, "is about --kernels; this run measures a model")
     if image is not None and len(image) > 1:
         raise RequestError(
@@ -157,13 +172,15 @@ def run(
             f"--profile needs --new-tokens {_FEWEST_PROFILED_TOKENS} or more: the prefill's, a "
             "warm-up and one to profile."
         )
-    for path in (model, *(compare or [])):
+    model, *built = _models(model, synthetic, refresh=refresh)
+    compare = [*built, *(compare or [])]
+    for path in (model, *compare):
         read_manifest(BundlePaths(Path(path)))
     with _picture(image[0] if image else None) as picture:
         contenders = [
             Contender(label, Job(path, picture, prompt, new_tokens, threads, custom_ops, context))
             for label, path, custom_ops in _entries(
-                model, compare or [], compare_fallback, custom_ops=not no_custom_ops
+                model, compare, compare_fallback, custom_ops=not no_custom_ops
             )
         ]
         total = (warmups + repeats) * len(contenders)
@@ -195,6 +212,25 @@ def _refuse(ctx: typer.Context, names: Sequence[str], why: str) -> None:
         if source is not None and source.name == "COMMANDLINE":
             option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
             raise RequestError(f"{option} {why}. Leave one of the two out.")
+
+
+def _models(model: str | None, synthetic: str | None, *, refresh: bool) -> list[str]:
+    """The model to measure, and for --synthetic the 4-bit one to compare it with."""
+    if (model is None) == (synthetic is None):
+        raise RequestError(
+            f"{'neither' if model is None else 'both'} MODEL {'nor' if model is None else 'and'} "
+            "--synthetic was given. Give exactly one: the path of an exported model.onnx, or "
+            f"--synthetic with one of {', '.join(synthetic_models.NAMES)}; or --kernels alone."
+        )
+    if synthetic is None:
+        if refresh:
+            raise RequestError("--refresh goes with --synthetic only. Leave it out.")
+        return [str(model)]
+    with progress_by_name() as tell:
+        return [
+            str(synthetic_models.ensure(synthetic, method, refresh=refresh, progress=tell))
+            for method in synthetic_models.METHODS
+        ]
 
 
 def _entries(

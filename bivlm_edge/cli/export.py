@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bivlm_edge.cli.common import (
     DebugOption,
     JsonOption,
     command_errors,
     new_app,
+    progress_by_name,
     show,
     show_json,
 )
@@ -129,22 +128,7 @@ def export(
             err=True,
         )
     logging.disable_progress_bar()  # one bar is enough
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("loading", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with progress_by_name() as tell:
         items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
         vlm = load_checkpoint(model or checkpoint_path())
         result = export_model(vlm, items, target, config, overwrite=overwrite, progress=tell)

@@ -152,8 +152,8 @@ class VisionLanguageModel:
 
     def pixels(self, image: Image.Image) -> NDArray[np.float32]:
         """Return float32 ``(3, H, W)`` of a picture."""
-        options = self.family.image_processor_options
-        batch = self.image_processor(images=[image.convert("RGB")], return_tensors="np", **options)
+        call = self.family.processor_call(image.convert("RGB"))
+        batch = self.image_processor(**call, return_tensors="np")
         array: NDArray[np.float32] = np.asarray(batch["pixel_values"], np.float32)
         pixels: NDArray[np.float32] = array.reshape(-1, *array.shape[-3:])[-1]
         return pixels
@@ -171,7 +171,7 @@ class VisionLanguageModel:
         }
         if image is not None:
             pixels = torch.from_numpy(self.pixels(image))[None]
-            inputs["pixel_values"] = self.family.batch_pixels(pixels)
+            inputs |= self.family.picture_inputs(pixels)
         return inputs
 
 

@@ -63,7 +63,7 @@ class LayerReport:
         true_bits: Bits per weight, every byte counted.
         claimed_bits: What the method's paper would claim; equal to `true_bits` for all others.
         output_error: tr(E H E^T) / tr(W H W^T) with all tokens weighing alike, the bias corrected
-            where the method does so.
+            where the method does so. None for random weights, which approximate nothing.
         error_is_held_out: Whether H comes from batches that calibrated nothing.
         seconds: Time to quantize the layer, without collecting its inputs.
     """
@@ -76,7 +76,7 @@ class LayerReport:
     hadamard_block: int
     true_bits: float
     claimed_bits: float
-    output_error: float
+    output_error: float | None
     error_is_held_out: bool
     seconds: float
 
@@ -127,13 +127,13 @@ def quantize_model(
     Raises:
         RequestError: no batches, or the budget is below one plane per layer.
     """
-    result = QuantizedModel(skipped=_skipped(vlm, config.method))
+    result = QuantizedModel(skipped=skipped_layers(vlm, config.method))
     if config.method == "none":
         return result
     if not batches:
         raise RequestError("there are no calibration batches. Give at least one.")
     sequences = vlm.block_sequences()
-    total = len(_linear_layers(vlm.module)) - len(result.skipped)
+    total = len(linear_layers(vlm.module)) - len(result.skipped)
     importance: TokenWeights | None = None
     plans: Mapping[str, Plan] = {}
     if config.method == "bivlm-edge":
@@ -149,19 +149,20 @@ def quantize_model(
             weight, report = _quantize_layer(name, layer, group, config, plans.get(name))
             result.weights[name] = weight
             result.reports.append(report)
-    for name in _linear_layers(vlm.module):
+    for name in linear_layers(vlm.module):
         if name not in result.weights:
             result.skipped.setdefault(name, "not reached by the calibration inputs")
     return result
 
 
-def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """Return all linear layers by dotted name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
 
 
-def _skipped(vlm: QuantizableModel, method: str) -> dict[str, str]:
-    """The linear layers that no method touches, with the reason."""
-    layers = _linear_layers(vlm.module)
+def skipped_layers(vlm: QuantizableModel, method: str) -> dict[str, str]:
+    """Return the linear layers that a method leaves alone, with the reason."""
+    layers = linear_layers(vlm.module)
     if method == "none":
         return dict.fromkeys(layers, "method none: weights stay float")
     inside = {

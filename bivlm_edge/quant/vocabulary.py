@@ -12,6 +12,11 @@ ZERO = 1 << (BITS - 1)
 _GROUPS = (64, 32, 16)
 
 
+def group_size(width: int) -> int | None:
+    """Return the largest group of 64, 32 or 16 that divides `width`, or None where none does."""
+    return next((group for group in _GROUPS if width % group == 0), None)
+
+
 def quantize_table(table: NDArray[np.float32]) -> GroupWeight | None:
     """Round a token table to symmetric 8-bit codes with one scale per row and group.
 
@@ -23,7 +28,7 @@ def quantize_table(table: NDArray[np.float32]) -> GroupWeight | None:
         none does.
     """
     rows, width = table.shape
-    group = next((group for group in _GROUPS if width % group == 0), None)
+    group = group_size(width)
     if group is None:
         return None
     blocks = table.reshape(rows, -1, group)

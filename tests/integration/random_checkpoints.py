@@ -84,6 +84,27 @@ def llava_siglip_qwen2() -> tuple[Any, Any]:
     return transformers.LlavaForConditionalGeneration(config), _pil("siglip", 32)
 
 
+def llava_onevision() -> tuple[Any, Any]:
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    config = transformers.LlavaOnevisionConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+            **_VISION,
+        },
+        text_config={"model_type": "qwen2", **_TEXT},
+        image_token_index=3,
+        tie_word_embeddings=True,
+    )
+    processor = LlavaOnevisionImageProcessorPil(
+        size={"height": 32, "width": 32}, image_grid_pinpoints=[[32, 32], [32, 64], [64, 32]]
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config), processor
+
+
 def _idefics3(config_class: Any, model_class: Any, vision_type: str) -> tuple[Any, Any]:
     from transformers.models.idefics3.image_processing_pil_idefics3 import (
         Idefics3ImageProcessorPil,
@@ -122,6 +143,7 @@ def smolvlm() -> tuple[Any, Any]:
 ARCHITECTURES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava, CLIP and Llama": llava_clip_llama,
     "llava, SigLIP and Qwen2": llava_siglip_qwen2,
+    "llava-onevision": llava_onevision,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
 }

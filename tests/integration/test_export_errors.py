@@ -168,7 +168,7 @@ def test_a_failing_rename_puts_the_old_export_back(
 
 
 def write_new(paths: exporter.BundlePaths) -> None:
-    with exporter._staging(paths, overwrite=True) as staged:
+    with exporter.staging(paths, overwrite=True) as staged:
         staged.assets.mkdir()
         staged.graph.write_text("new")
         staged.data.write_text("new")

@@ -55,15 +55,19 @@ def test_export_agrees_with_torch(
         np.testing.assert_allclose(picture.pixels[0], vlm.pixels(image), rtol=0, atol=1e-6)
 
 
-def test_two_pictures_and_text_only_prompts_run(pictures: list[VqaItem], tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llava, CLIP and Llama", "llava-onevision"])
+def test_two_pictures_and_text_only_prompts_run(
+    architecture: str, pictures: list[VqaItem], tmp_path: Path
+) -> None:
     import onnxruntime
 
-    vlm = load_checkpoint(save_checkpoint("llava, CLIP and Llama", tmp_path / "checkpoint"))
+    vlm = load_checkpoint(save_checkpoint(architecture, tmp_path / "checkpoint"))
     pixels = torch.stack([torch.from_numpy(vlm.pixels(item.image.open())) for item in pictures[:2]])
     one = vlm.encode(vlm.prompt("a"))
     ids = torch.tensor([one + one])
     with torch.no_grad():
-        both = vlm.module(input_ids=ids, pixel_values=pixels).logits[0, -1].numpy()
+        both = vlm.module(input_ids=ids, **vlm.family.picture_inputs(pixels))
+        both = both.logits[0, -1].numpy()
         text = torch.tensor([vlm.encode("hello")])
         alone = vlm.module(input_ids=text).logits[0, -1].numpy()
     result = export_model(vlm, pictures, tmp_path / "m.onnx", CONFIGS["float"])
@@ -79,3 +83,28 @@ def test_two_pictures_and_text_only_prompts_run(pictures: list[VqaItem], tmp_pat
                 feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
         got = session.run(["logits"], feed)[0][0, -1]
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+
+
+def test_llava_onevision_takes_two_pictures_as_its_own_processor_does(
+    pictures: list[VqaItem], tmp_path: Path
+) -> None:
+    from transformers.models.llava_onevision.processing_llava_onevision import (
+        LlavaOnevisionProcessor,
+    )
+
+    vlm = load_checkpoint(save_checkpoint("llava-onevision", tmp_path))
+    images = [item.image.open() for item in pictures[:2]]
+    batch = vlm.image_processor(images=[images], return_tensors="pt")
+    processor = object.__new__(LlavaOnevisionProcessor)  # its constructor needs torchvision
+    processor.image_token, processor.num_image_tokens = vlm.image_token, vlm.image_tokens - 1
+    processor.vision_feature_select_strategy = "full"
+    runs = [processor.replace_image_token(batch, index) for index in range(2)]
+    assert runs == [vlm.image_token * vlm.image_tokens] * 2
+    ids = torch.tensor([vlm.encode("<image>a<image>b")])
+    assert vlm.tokenizer.decode(ids[0]) == f"{runs[0]}a{runs[1]}b"
+    stack = torch.stack([torch.from_numpy(vlm.pixels(image)) for image in images])
+    torch.testing.assert_close(stack, batch["pixel_values"][:, 0], rtol=0, atol=1e-6)
+    with torch.no_grad():
+        logits = vlm.module(input_ids=ids, **batch).logits
+        ours = vlm.module(input_ids=ids, **vlm.family.picture_inputs(stack)).logits
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5)

@@ -325,7 +325,8 @@ def test_command_measures_every_operator_hot_and_cold(tmp_path: Path) -> None:
         (("model.onnx", "--cold-mb", "5"), "--cold-mb is about --kernels"),
         (("model.onnx", "--image", "a.png", "--image", "b.png"), "--image is given 2 times"),
         (("model.onnx", "--profile", "--new-tokens", "2"), "--profile needs --new-tokens 3"),
-        ((), "there is nothing to measure"),
+        (("--kernels", "--synthetic", "smolvlm-256m"), "--synthetic is about a model"),
+        ((), "neither MODEL nor --synthetic was given"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(

@@ -87,6 +87,35 @@ def test_missing_model_exits_3_in_one_line(
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "neither MODEL nor --synthetic was given"),
+        (("model.onnx", "--synthetic", "smolvlm-256m"), "both MODEL and --synthetic was given"),
+        (("--synthetic", "smolvlm-1m"), "--synthetic 'smolvlm-1m' is not known. Accepted: smol"),
+        (("model.onnx", "--refresh"), "--refresh goes with --synthetic only"),
+    ],
+)
+def test_bench_takes_a_model_or_a_synthetic_one(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = _run(tmp_path, "bench", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_bench_says_what_building_a_synthetic_model_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "bivlm_edge.synthetic.build", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)  # as on a device
+    result = _run(tmp_path, "bench", "--synthetic", "smolvlm-256m")
+    assert result.returncode == 2
+    assert "must be built first, which needs torch" in result.stderr
+
+
 def test_run_prints_the_answer_and_json_agrees(bundle: Any, image: str, tmp_path: Path) -> None:
     plain = _run_process(tmp_path, "run", bundle.graph, "--image", image, "what is this?")
     found = _last_json(

@@ -15,6 +15,9 @@ from bivlm_edge.runtime import preprocess
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP = ImageSpec("clip", "shortest_edge", (32, 32), 3, (32, 32), 1 / 255, MEAN, STD)
+ONEVISION = ImageSpec(
+    "llava_onevision", "exact", (32, 32), 3, None, 1 / 255, MEAN, STD, (122, 116, 104)
+)
 IDEFICS = ImageSpec(
     "idefics3", "longest_edge", (64, 64), 1, (32, 32), 1 / 255, (0.5,) * 3, (0.5,) * 3
 )
@@ -51,6 +54,23 @@ def test_clip_is_that_of_transformers(size: tuple[int, int], mode: str) -> None:
     image = _image(size, mode)
     found = preprocess(image, CLIP).pixels
     wanted = _wanted(processor, image)["pixel_values"]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=FLOAT_BOUND)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+@pytest.mark.parametrize("size", SIZES)
+def test_llava_onevision_is_that_of_transformers_for_several_pictures(
+    size: tuple[int, int], mode: str
+) -> None:
+    module = pytest.importorskip(
+        "transformers.models.llava_onevision.image_processing_pil_llava_onevision"
+    )
+    processor = module.LlavaOnevisionImageProcessorPil(
+        size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD
+    )
+    image = _image(size, mode)
+    found = preprocess(image, ONEVISION).pixels
+    wanted = _wanted(processor, [[image, image]])["pixel_values"][0]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=FLOAT_BOUND)
 
 

@@ -1,0 +1,74 @@
+"""Exports of known architectures at their real sizes, with random weights, in the user's cache.
+
+For measuring speed and memory without a download. This module needs no torch; building does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+from bivlm_edge import __version__
+from bivlm_edge.bundle import BUNDLE_VERSION
+from bivlm_edge.datasets import cache_folder
+from bivlm_edge.errors import OutputError, RequestError
+from bivlm_edge.quant.packed import FORMAT
+
+Method = Literal["bivlm-edge", "nbits4"]
+Progress = Callable[[str, int, int], None]
+
+NAMES = ("smolvlm-256m", "smolvlm-500m", "llava-ov-0.5b")
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+def cached(name: str, method: Method) -> Path:
+    """Return where the export of an architecture lies, or will lie, in the cache.
+
+    Args:
+        name: One of NAMES.
+        method: One of METHODS.
+
+    Raises:
+        RequestError: There is no such architecture.
+    """
+    if name not in NAMES:
+        raise RequestError(f"--synthetic {name!r} is not known. Accepted: {', '.join(NAMES)}.")
+    version = f"{__version__}-bundle{BUNDLE_VERSION}-format{FORMAT}"
+    return cache_folder() / "synthetic" / version / f"{name}-{method}.onnx"
+
+
+def ensure(
+    name: str, method: Method, *, refresh: bool = False, progress: Progress | None = None
+) -> Path:
+    """Return the path of an export, which is built if the cache lacks it.
+
+    Args:
+        name: One of NAMES.
+        method: One of METHODS.
+        refresh: Build it anew.
+        progress: Called with (what runs, steps done, steps in all).
+
+    Raises:
+        RequestError: There is no such architecture, or torch is not installed.
+        OutputError: The cache is not writable, or the disk is full.
+    """
+    path = cached(name, method)
+    if path.is_file() and not refresh:
+        return path
+    try:
+        from bivlm_edge.synthetic.build import build
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            f"--synthetic {name} must be built first, which needs {error.name}: 'pip install .' in "
+            f"the source tree installs it. Or build it elsewhere and copy '{path.parent}' here."
+        ) from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write into '{path.parent}': {error.strerror}. Set XDG_CACHE_HOME to a folder "
+            "with some gigabytes of space."
+        ) from error
+    build(name, method, path, overwrite=refresh, progress=progress)
+    return path

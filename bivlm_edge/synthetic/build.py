@@ -293,7 +293,7 @@ def _check_run(vlm: VisionLanguageModel, graph: Path, *, uses_library: bool) -> 
     ids = vlm.encode(vlm.prompt("what is this?"))
     try:
         runner = OnnxRunner(graph, with_library=uses_library)
-        found = runner.run(Sample(torch.tensor([ids]), pixels), steps=2)
+        found = runner.run(Sample(torch.tensor([ids]), pixels), steps=2, in_place=True)
     except RUNTIME_ERRORS as error:
         raise ValidationError(
             f"ONNX Runtime cannot run the graph of {vlm.name}: {error}"

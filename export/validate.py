@@ -226,7 +226,7 @@ class OnnxRunner:
     ) -> dict[str, onnxruntime.OrtValue]:
         binding = self._session.io_binding()
         values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.require(array, requirements="C"))
             for name, array in feed.items()
         }
         for name, value in (*values.items(), *cache.items()):

@@ -435,3 +435,55 @@ def test_a_second_pass_changes_nothing(layers: Any) -> None:
         draft.binary(f"m.{number}", packed)
     once = fused(draft.model())
     assert fused(once).SerializeToString() == once.SerializeToString()
+
+
+def attention_model(layers: Any, *, kv_heads: int = 1, order: str = "qkv") -> onnx.ModelProto:
+    """Projections of 2 query heads of 16, as GroupQueryAttention with its own rotary reads them."""
+    rows = {"q": 32, "k": 16 * kv_heads, "v": 16 * kv_heads}
+    draft = Draft()
+    for name, packed in zip(order, layers(*(rows[name] for name in order)), strict=True):
+        draft.binary(name, packed, biased(rows[name]))
+    draft.nodes = [node for node in draft.nodes if node.op_type != "Relu"]
+    rng = np.random.default_rng(0)
+    draft.constants |= {
+        "past": np.zeros((2, kv_heads, 0, 16), np.float32),
+        "last": np.array([2, 2], np.int32),
+        "total": np.array(3, np.int32),
+        "cos": rng.uniform(-1, 1, (8, 8)).astype(np.float32),
+        "sin": rng.uniform(-1, 1, (8, 8)).astype(np.float32),
+    }
+    inputs = ["q.sum", "k.sum", "v.sum", "past", "past", "last", "total", "cos", "sin"]
+    attention = helper.make_node(
+        "GroupQueryAttention",
+        inputs,
+        ["attended", "keys", "values"],
+        domain="com.microsoft",
+        num_heads=2,
+        kv_num_heads=kv_heads,
+        do_rotary=1,
+    )
+    draft.nodes.append(attention)
+    draft.outputs = ["attended"]
+    return draft.model()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_attention_takes_query_key_and_value_in_one_piece(
+    kv_heads: int, layers: Any, library: str, run: Callable[..., list[Array]]
+) -> None:
+    model = attention_model(layers, kv_heads=kv_heads)
+    changed = fused(model)
+    assert operators(changed) == ["BinaryMatMul", "Add", "GroupQueryAttention"]
+    before, after = (run(one, {"x": x_of()}, library=library)[0] for one in (model, changed))
+    np.testing.assert_array_equal(after, before)
+
+
+def test_attention_keeps_three_inputs_where_the_parts_are_not_its_own(layers: Any) -> None:
+    for order in ("kqv", "qvk"):
+        changed = fused(attention_model(layers, order=order))
+        assert operators(changed) == ["BinaryMatMul", "Add", "Split", "GroupQueryAttention"]
+    model = attention_model(layers)
+    model.graph.node.append(helper.make_node("Relu", ["k.sum"], ["k.out"]))
+    model.graph.output.append(_output("k.out"))
+    names = operators(fused(model))
+    assert names == ["BinaryMatMul", "Add", "Split", "GroupQueryAttention"]

@@ -48,6 +48,9 @@ int main() {
   const bool avx2 = HasAll(flags, {"avx2", "fma", "f16c"});
   const bool avx512 = HasAll(flags, {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"});
   check.Expect(((SupportedIsa() & isa::kAvx2) != 0) == avx2, "avx2: /proc/cpuinfo says ", avx2);
+  const bool avxvnni = avx2 && HasAll(flags, {"avx_vnni"});
+  check.Expect(((SupportedIsa() & isa::kAvxVnni) != 0) == avxvnni, "avxvnni: /proc/cpuinfo says ",
+               avxvnni);
   check.Expect(((SupportedIsa() & isa::kAvx512) != 0) == avx512, "avx512: /proc/cpuinfo says ",
                avx512);
   return check.Finish("cpu_features_test");

@@ -1,6 +1,26 @@
 #include "bivlm/cpu_features.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace bivlm {
+#if defined(__x86_64__)
+namespace {
+
+// Intel SDM volume 2A, CPUID, leaf 7, subleaf 1.
+bool HasAvxVnni() {
+  unsigned last_subleaf = 0;
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  if (__get_cpuid_count(7, 0, &last_subleaf, &b, &c, &d) == 0 || last_subleaf < 1) return false;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+
+}  // namespace
+#endif
 
 IsaSet SupportedIsa() {
   IsaSet supported = isa::kNone;
@@ -10,6 +30,7 @@ IsaSet SupportedIsa() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
     supported |= isa::kAvx2;
+    if (HasAvxVnni()) supported |= isa::kAvxVnni;  // the same registers, so they are switched on
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

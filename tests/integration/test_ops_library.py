@@ -117,7 +117,7 @@ def test_binary_matmul_keeps_its_bound(
         _require_contract(packed, x, y, exact=os.environ.get("BIVLM_FORCE_KERNEL") == "generic")
 
 
-@pytest.mark.parametrize("kernel", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("kernel", ["generic", "avx2", "avxvnni", "avx512", "amx"])
 def test_every_kernel_keeps_its_bound(
     packed: Any, kernel: str, library: str, make_model: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -65,10 +65,9 @@ def fuse_shared_inputs(model: ir.Model) -> None:
 
     Nodes are fused that agree in K and all else but N, with byte-equal signs and order. Rows are
     stacked in the order of the nodes; constant biases become one. A `Split` hands the parts to
-    their users; where these are query, key and value of one GroupQueryAttention, it takes them in
-    one piece and there is no Split. Left alone: groups of BinaryMatMul in which a part other than
-    the last does not fill whole panels, operators with a weight that others use too, and results
-    that the graph returns.
+    their users. Left alone: groups of BinaryMatMul in which a part other than the last does not
+    fill whole panels, operators with a weight that others use too, and results that the graph
+    returns.
 
     Args:
         model: Changed in place. Functions must not be attached yet: their overloads name N.
@@ -82,9 +81,6 @@ def fuse_shared_inputs(model: ir.Model) -> None:
         fits = not is_binary or can_stack([member.n for member in members])
         if len(members) > 1 and fits:
             _fuse(model.graph, members)
-    for node in model.graph.all_nodes():
-        if (node.domain, node.op_type) == (schemas.MICROSOFT_DOMAIN, "GroupQueryAttention"):
-            _pack_attention_inputs(node)
     passes.RemoveUnusedNodesPass()(model)
 
 
@@ -287,22 +283,3 @@ def _constant_array(value: ir.Value) -> NDArray[np.generic]:
     if tensor is None:
         raise ValueError(f"'{value.name}' is not an initializer")
     return tensor.numpy()
-
-
-def _pack_attention_inputs(attention: ir.Node) -> None:
-    """Hand GroupQueryAttention q | k | v in one piece where a Split made its three inputs."""
-    parts = tuple(attention.inputs[:3])
-    split = None if parts[0] is None else parts[0].producer()
-    if split is None or split.op_type != "Split" or parts != tuple(split.outputs):
-        return
-    if any(part is None or len(list(part.uses())) > 1 for part in parts):
-        return
-    sizes = None if split.inputs[1] is None else ir.convenience.get_const_tensor(split.inputs[1])
-    heads = [attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads")]
-    if sizes is None:
-        return
-    query, key, value = (int(size) for size in sizes.numpy())
-    if key == value and query * heads[1] == key * heads[0]:
-        attention.replace_input_with(0, split.inputs[0])
-        attention.replace_input_with(1, None)
-        attention.replace_input_with(2, None)

@@ -119,11 +119,11 @@ def multi_head_attention(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float
 ) -> Tensor:
     """com.microsoft.MultiHeadAttention: every token attends to all, ``(B, S, heads * width)``."""
-    heads = (
-        states.float().unflatten(2, (num_heads, -1)).transpose(1, 2)
+    q, k, v = (
+        states.float().reshape(*states.shape[:2], num_heads, -1).transpose(1, 2)
         for states in (query, key, value)
     )
-    attended = torch.nn.functional.scaled_dot_product_attention(*heads, scale=scale)
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
     return attended.transpose(1, 2).flatten(2).to(query.dtype)
 
 

@@ -103,9 +103,10 @@ def join_parts(
     ir.convenience.replace_all_uses_with(total_in, total_length)
     for value in decoder_part.outputs:
         value.name = str(value.name).removeprefix("decoder/")
-    for value in decoder_part.outputs[1:]:
-        batch, heads, _, width = value.shape or past[0].shape or ()
-        value.shape = ir.Shape([batch, heads, "present", width])
+    for value, before in zip(decoder_part.outputs[1:], past, strict=True):
+        axes: list[int | ir.SymbolicDim | str] = list(before.shape or ())
+        axes[2:3] = ["present"]  # past_length and this run decide
+        value.shape = ir.Shape(axes)
     _name_values(main, "main")
     graph = ir.Graph(
         [input_ids, pixel_values, position_ids, past_length, *past],

@@ -62,7 +62,7 @@ def run_step(
         run = BoundRun(cache, count, pixel_batch(session, pixels), kept=not is_single)
     run.token_ids[0] = token_ids
     try:
-        run.run()
+        run.run(cache.position, cache.tokens)
     except RUN_ERRORS as error:
         raise BundleError(
             f"'{session.paths.graph}' failed in ONNX Runtime on {count} tokens behind "

@@ -133,8 +133,7 @@ class BoundRun:
             kept: Fetch `kept_indices`.
         """
         session = cache.session
-        self._session = session.ort
-        self._cache = cache
+        self._session = session.ort  # not the cache: a cycle would outlive the conversation
         self.token_ids = np.zeros((1, count), np.int64)
         self.logits = np.zeros((1, 1, session.manifest.vocab_size), session.dtype)
         self._positions = np.zeros((1, count), np.int64)
@@ -164,11 +163,10 @@ class BoundRun:
             self._binding.bind_ortvalue_input(past, tensor)
             self._binding.bind_ortvalue_output(present, tensor)
 
-    def run(self) -> None:
-        """Run on `token_ids` behind the cache; the cache does not count them yet."""
-        start = self._cache.position
-        self._positions[0] = np.arange(start, start + self._positions.shape[1])
-        self._past_length[...] = self._cache.tokens
+    def run(self, position: int, past_length: int) -> None:
+        """Run on `token_ids` behind `past_length` cached tokens, the first at `position`."""
+        self._positions[0] = np.arange(position, position + self._positions.shape[1])
+        self._past_length[...] = past_length
         self._session.run_with_iobinding(self._binding)
 
     def kept_indices(self) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,20 @@ def test_rows_of_a_batch_are_independent(
     expected = np.concatenate([run(prompt) for prompt in alone])
     difference = np.abs(expected[0] - expected[1]).max()
     np.testing.assert_allclose(run(both), expected, rtol=0, atol=1e-3 * difference)
+
+
+def test_keeping_every_token_gives_the_logits_of_the_unpruned_graph_to_the_bit(
+    pictures: list[VqaItem], tmp_path: Path
+) -> None:
+    logits = []
+    for ratio in (1.0, 0.999):  # of 16 tokens: all, with and without a TokenPrune node
+        vlm = load_checkpoint(save_checkpoint("llava, CLIP and Llama", tmp_path / f"{ratio}"))
+        config = ExportConfig(QuantConfig(method="none"), PruneConfig(keep_ratio=ratio))
+        paths = export_model(vlm, pictures, tmp_path / f"m{ratio}.onnx", config).paths
+        graph = Graph(paths, library=True)
+        assert (b"TokenPrune" in paths.graph.read_bytes()) == (ratio < 1)
+        logits.append(graph.anew(graph.prompt())[0])
+    np.testing.assert_array_equal(logits[1], logits[0])
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +73,20 @@ def test_steps_write_into_the_same_memory(bundle: Any) -> None:
     assert [tensor.data_ptr() for tensor in cache.tensors] == addresses
     keys = tensors[0].numpy()[0, 0, :, 0]
     assert keys.tolist() == [3, 40, 41, 50, 51, 0, 0, 0]
+
+
+def test_a_cache_is_freed_with_its_last_reference(bundle: Any) -> None:
+    session = load(bundle.graph)
+    cache = KvCache(session, capacity=8)
+    run_step(session, np.array([3, 40, 41]), cache)
+    run_step(session, np.array([50]), cache)
+    reference = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert reference() is None, "held until the garbage collector finds it"
+    finally:
+        gc.enable()
 
 
 def test_logits_of_a_step_survive_the_next(bundle: Any) -> None:

@@ -153,8 +153,8 @@ void AddStream(const BinaryMatMulStream& stream, const typename Isa::Codebook (&
       q[t] = rows[t].q + chunk * kChunkColumns;
       q_sums[t] = rows[t].sum[chunk];
     }
-#pragma GCC unroll 4
-    for (std::size_t line = 0; line < (is_pair ? 256 : 128); line += 64) {
+    // All blocks of the chunk: the other stream of a class with 3 or 4 planes comes right after.
+    for (std::size_t line = 0; line < stream.code_stride; line += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(codes + line + kPrefetchBytes), _MM_HINT_T0);
     }
 #pragma GCC unroll 2

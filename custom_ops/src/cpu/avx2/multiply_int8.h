@@ -1,9 +1,9 @@
 // BinaryMatMulFunctions::multiply for 256-bit vectors: everything but the dot products, which an
 // instruction set gives as a type `Isa` (avx2 and avxvnni).
 //
-// Few rows (kDecodeRows) look codes up as they are multiplied: each code is read once. For more
-// rows, a block of a panel's codes is unpacked to bytes in the L1 cache and multiplied by one tile
-// of kTileTokens tokens after the other. Both add the same floats in the same order.
+// For up to kDecodeTokens rows, codes are looked up as they are multiplied. For more, a block of a
+// panel's codes is unpacked to bytes in the L1 cache and multiplied by one tile of kTileTokens
+// tokens after the other. Both add the same floats in the same order.
 //
 // Isa has, `half` being 8 rows of a panel:
 //   struct Codebook                  what a stream needs of the coefficients of a half; has `scale`
@@ -34,9 +34,8 @@ inline constexpr std::size_t kHalfRows = 8;  // rows of a panel in one vector
 inline constexpr std::size_t kHalves = kPanelRows / kHalfRows;
 
 inline constexpr std::size_t kDecodeTokens = 4;  // tokens that share a look-up
-inline constexpr std::size_t kDecodeRows = 8;
-inline constexpr std::size_t kTileTokens = 6;  // 12 accumulators
-inline constexpr std::size_t kGroupRows = 64;  // rows that share an unpacked block
+inline constexpr std::size_t kTileTokens = 6;    // 12 accumulators
+inline constexpr std::size_t kGroupRows = 64;    // rows that share an unpacked block
 inline constexpr std::size_t kBlockBytes = 16384;
 inline constexpr std::size_t kPrefetchBytes = 2048;
 
@@ -153,8 +152,8 @@ void AddStream(const BinaryMatMulStream& stream, const typename Isa::Codebook (&
       q[t] = rows[t].q + chunk * kChunkColumns;
       q_sums[t] = rows[t].sum[chunk];
     }
-#pragma GCC unroll 4
-    for (std::size_t line = 0; line < (is_pair ? 256 : 128); line += 64) {
+    // All blocks of the chunk: the other stream of a class with 3 or 4 planes comes right after.
+    for (std::size_t line = 0; line < stream.code_stride; line += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(codes + line + kPrefetchBytes), _MM_HINT_T0);
     }
 #pragma GCC unroll 2
@@ -204,16 +203,14 @@ void MultiplyFew(const BinaryMatMulArgs& args, const Panel<Isa>& panel, std::siz
   }
 }
 
+// 1 to kDecodeTokens rows.
 template <typename Isa>
-void MultiplyFewRows(const BinaryMatMulArgs& args, const Panel<Isa>& panel, std::size_t row_begin,
-                     std::size_t row_end, std::byte* prepared) {
+void MultiplyFewRows(const BinaryMatMulArgs& args, const Panel<Isa>& panel, std::size_t row,
+                     std::size_t rows, std::byte* prepared) {
   constexpr auto kFew = std::array{MultiplyFew<Isa, 1>, MultiplyFew<Isa, 2>, MultiplyFew<Isa, 3>,
                                    MultiplyFew<Isa, 4>};
   static_assert(kFew.size() == kDecodeTokens);
-  for (std::size_t row = row_begin; row < row_end; row += kDecodeTokens) {
-    kFew[std::min(kDecodeTokens, row_end - row) - 1](args, panel, row, prepared);
-    prepared += kDecodeTokens * Int8RowBytes(*args.weight);
-  }
+  kFew[rows - 1](args, panel, row, prepared);
 }
 
 // Adds an unpacked block of `chunks` chunks, from `chunk` on, to the partial sums of a tile.
@@ -243,19 +240,26 @@ void MultiplyStream(const BinaryMatMulWeight& weight, const BinaryMatMulStream& 
   static_assert(kTiles.size() == kTileTokens);
   constexpr std::size_t kChunkBytes = Isa::template kUnpackedBytes<is_pair>;
   constexpr std::size_t kBlockChunks = kBlockBytes / kChunkBytes;
+  const std::size_t tiles = (rows + kTileTokens - 1) / kTileTokens;  // of equal size, or one less
   alignas(64) uint8_t unpacked[kBlockBytes];
   std::fill(partial, partial + rows * kPanelRows, 0.0F);
   codes += stream.code_offset;
   for (std::size_t begin = stream.chunk_begin; begin < stream.chunk_end; begin += kBlockChunks) {
     const std::size_t chunks = std::min(kBlockChunks, stream.chunk_end - begin);
     for (std::size_t i = 0; i < chunks; ++i) {
+      // What the next block needs, or the next stream or panel.
+      for (std::size_t line = 0; line < stream.code_stride; line += 64) {
+        const uint8_t* next = codes + kBlockChunks * stream.code_stride + line;
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+      }
       Isa::template Unpack<is_pair>(codes, codebooks, unpacked + i * kChunkBytes);
       codes += stream.code_stride;
     }
-    for (std::size_t row = 0; row < rows; row += kTileTokens) {
-      kTiles[std::min(kTileTokens, rows - row) - 1](codebooks, unpacked, begin, chunks, weight,
-                                                    prepared + row * Int8RowBytes(weight),
-                                                    partial + row * kPanelRows);
+    for (std::size_t tile = 0; tile < tiles; ++tile) {
+      const std::size_t row = rows * tile / tiles;
+      const std::size_t tokens = rows * (tile + 1) / tiles - row;
+      kTiles[tokens - 1](codebooks, unpacked, begin, chunks, weight,
+                         prepared + row * Int8RowBytes(weight), partial + row * kPanelRows);
     }
   }
 }
@@ -300,8 +304,8 @@ void MultiplyInt8(const BinaryMatMulArgs& args, std::size_t row_begin, std::size
         panel.codebooks[s][half] = Isa::MakeCodebook(weight.streams[s], coefficients, half);
       }
     }
-    if (row_end - row_begin <= kDecodeRows) {
-      MultiplyFewRows<Isa>(args, panel, row_begin, row_end, rows);
+    if (row_end - row_begin <= kDecodeTokens) {
+      MultiplyFewRows<Isa>(args, panel, row_begin, row_end - row_begin, rows);
       continue;
     }
     for (std::size_t row = row_begin; row < row_end; row += kGroupRows) {

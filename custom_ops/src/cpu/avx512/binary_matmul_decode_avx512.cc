@@ -89,12 +89,12 @@ void DotPair(const uint8_t* const (&codes)[panels], const Codebook (&codebooks)[
 inline void DotPairAlone(const uint8_t* const (&codes)[2], const Codebook (&codebooks)[2],
                          const int8_t* q, int32_t q_sum, __m512i (&dots)[2]) {
   constexpr std::size_t kGroups = 8;
-  __m512i parts[2][4];
+  __m512i parts[2][2];
   const __m512i start = _mm512_set1_epi32(-128 * q_sum);
 #pragma GCC unroll 2
   for (std::size_t p = 0; p < 2; ++p) {
 #pragma GCC unroll 4
-    for (std::size_t part = 0; part < 4; ++part) {
+    for (std::size_t part = 0; part < 2; ++part) {
       parts[p][part] = part == 0 ? start : _mm512_setzero_si512();
     }
   }
@@ -134,7 +134,7 @@ inline void DotPairAlone(const uint8_t* const (&codes)[2], const Codebook (&code
         const __m512i four = BroadcastFour(q + 8 * (step - 2) + 4 * i);
 #pragma GCC unroll 2
         for (std::size_t p = 0; p < 2; ++p) {
-          __m512i& part = parts[p][2 * group + i];
+          __m512i& part = parts[p][i];
           part = Pin(_mm512_dpbusd_epi32(part, levels[group][p][i], four));
         }
       }
@@ -142,8 +142,7 @@ inline void DotPairAlone(const uint8_t* const (&codes)[2], const Codebook (&code
   }
 #pragma GCC unroll 2
   for (std::size_t p = 0; p < 2; ++p) {
-    dots[p] = _mm512_add_epi32(_mm512_add_epi32(parts[p][0], parts[p][1]),
-                               _mm512_add_epi32(parts[p][2], parts[p][3]));
+    dots[p] = _mm512_add_epi32(parts[p][0], parts[p][1]);
   }
 }
 
@@ -331,22 +330,26 @@ void MultiplyTile(const BinaryMatMulArgs& args, std::size_t row, std::size_t pan
     rows[t] = Int8RowAt(weight, prepared + t * Int8RowBytes(weight));
   }
   constexpr std::size_t kPanels = PanelsOf(tokens);
-  std::size_t p = panel_begin;
-  for (; p + kPanels <= panel_end; p += kPanels) {
-    Panel panels[kPanels];
-    const Panel* tile[kPanels];
-    for (std::size_t i = 0; i < kPanels; ++i) {
-      PrefetchCoefficients(weight, p + i + kPrefetchPanels);
-      OpenPanel(weight, p + i, &panels[i]);
-      tile[i] = &panels[i];
+  // The codebooks of a tile, a chain of slow instructions, are made while the one before it is
+  // multiplied.
+  Panel panels[2][kPanels];
+  const auto open = [&](std::size_t first, Panel* tile) {
+    for (std::size_t i = 0; i < kPanels && first + i < panel_end; ++i) {
+      PrefetchCoefficients(weight, first + i + kPrefetchPanels);
+      OpenPanel(weight, first + i, &tile[i]);
     }
-    MultiplyPanels(args, row, rows, tile);
-  }
-  if (p < panel_end) {
-    Panel panel;
-    OpenPanel(weight, p, &panel);
-    const Panel* const tile[1] = {&panel};
-    MultiplyPanels(args, row, rows, tile);
+  };
+  open(panel_begin, panels[0]);
+  std::size_t p = panel_begin;
+  for (std::size_t turn = 0; p < panel_end; p += kPanels, turn ^= 1U) {
+    open(p + kPanels, panels[turn ^ 1U]);
+    if (kPanels == 1 || p + 1 == panel_end) {
+      const Panel* const tile[1] = {&panels[turn][0]};
+      MultiplyPanels(args, row, rows, tile);
+    } else {
+      const Panel* const tile[2] = {&panels[turn][0], &panels[turn][kPanels - 1]};
+      MultiplyPanels(args, row, rows, tile);
+    }
   }
 }
 

@@ -321,6 +321,30 @@ void ExpectRowsAsAlone(Checker* check, const Case& c) {
   }
 }
 
+// Numbers of tokens around the tiles and row blocks of the kernels (up to 8 tokens at a time; from
+// 17 on, tiles of 6 in blocks of 128), with an odd number of panels and an n that is no multiple of
+// 16, over streams that end before, at and after a block of 512 columns.
+void TilesOfTokens(Checker* check) {
+  const std::vector<std::vector<int64_t>> lists = {
+      {1216, 1216}, {1216}, {1216, 576, 512, 64}, {1216, 1152, 640}, {1216, 1024, 1024, 1024}};
+  uint64_t seed = 8000;
+  for (const std::size_t m : {4, 7, 16, 17, 18, 19, 23, 24, 25, 36, 64, 127, 128, 129, 150, 257}) {
+    for (const std::vector<int64_t>& list : lists) {
+      Case c;
+      c.m = m;
+      c.n = seed % 3 == 0 ? 48 : 37;
+      c.k = 1200;
+      c.plane_columns = list;
+      c.hadamard_block = seed % 2 == 0 ? 64 : 0;
+      c.order = static_cast<Order>(seed % 3);
+      c.float16 = seed % 4 == 0;
+      c.seed = ++seed;
+      RunCase(check, c, Executor(), 4);
+      if (m >= 16) ExpectRowsAsAlone(check, c);
+    }
+  }
+}
+
 // Large enough for several passes, row blocks and tasks on several threads.
 void ManyTasks(Checker* check) {
   for (const std::size_t m : {1, 70, 300}) {
@@ -408,6 +432,7 @@ int main() {
   bivlm::testing::ShapeErrors(&check);
   bivlm::testing::AwkwardShapes(&check);
   bivlm::testing::AllPlanesAndTransforms(&check);
+  bivlm::testing::TilesOfTokens(&check);
   bivlm::testing::ManyTasks(&check);
   for (const bivlm::BinaryMatMulKernel& kernel : kernels) {
     std::printf("kernel tested: %s\n", kernel.name);

@@ -177,17 +177,41 @@ struct Attention {
     return sums;
   }
 
+  // Rows that will be read soon, fetched while the sums are computed: the values of the block and
+  // the keys of the next one. On 2 cores of a Zen 5 server, 9 heads behind 512 tokens in caches of
+  // 24 MB took 38 -> 26 us (avx2) and 27 -> 25 us (avx512); the plain read took 23 us.
+  struct Ahead {
+    const float* values = nullptr;
+    const float* keys = nullptr;
+    std::size_t value_floats = 0;
+    std::size_t key_floats = 0;
+
+    void Fetch(std::size_t floats) {
+      FetchPart(floats, &values, &value_floats);
+      FetchPart(floats, &keys, &key_floats);
+    }
+    static void FetchPart(std::size_t floats, const float** from, std::size_t* left) {
+      constexpr std::size_t kLineFloats = 16;
+      floats = Min(floats, *left);
+      for (std::size_t f = 0; f < floats; f += kLineFloats) __builtin_prefetch(*from + f);
+      *from += floats;
+      *left -= floats;
+    }
+  };
+
   // scores (row_count, kBlockKeys) of `row_count` <= kDotRows queries with `count` keys. The
   // scores of keys that there are not are some number.
   template <std::size_t rows = Isa::kDotRows>
   static void DotScores(std::size_t row_count, const float* query, std::size_t padded,
-                        const float* keys, std::size_t stride, std::size_t count, float* scores) {
+                        const float* keys, std::size_t stride, std::size_t count, float* scores,
+                        Ahead ahead) {
     if constexpr (rows > 1) {
       if (row_count < rows) {
-        return DotScores<rows - 1>(row_count, query, padded, keys, stride, count, scores);
+        return DotScores<rows - 1>(row_count, query, padded, keys, stride, count, scores, ahead);
       }
     }
     for (std::size_t key = 0; key < count; key += kLanes) {
+      ahead.Fetch(kLanes * stride);
       const Sums<rows> sums = Dots<rows, kLanes>(query, padded, keys, stride, key, count - 1);
       for (std::size_t r = 0; r < rows; ++r) Store(scores + r * kBlockKeys + key, sums.of[r]);
     }
@@ -358,7 +382,14 @@ struct Attention {
           Product(n, query, padded, work + layout.transposed, kBlockKeys, args.d, scores,
                   kBlockKeys, kBlockKeys);
         } else {
-          DotScores(n, query, padded, keys, padded, count, scores);
+          Ahead ahead;
+          if (row == skipped && !Copies(args)) {
+            ahead.values = values;
+            ahead.value_floats = count * padded;
+            ahead.keys = keys + count * padded;
+            ahead.key_floats = Min(kBlockKeys, total - block - count) * padded;
+          }
+          DotScores(n, query, padded, keys, padded, count, scores, ahead);
         }
         std::size_t visible = 0;
         for (std::size_t r = 0; r < n; ++r) {

@@ -102,6 +102,8 @@ def _memory_table(models: Sequence[Mapping[str, Any]], labels: Sequence[str]) ->
     table = _new_table("memory", ["what"], labels)
     table.add_row("weights (graph + data)", *(human_bytes(m["weight_bytes"]) for m in models))
     table.add_row("KV cache at the end", *(human_bytes(m["kv_cache_bytes"]) for m in models))
+    allocated = (human_bytes(m["kv_cache_allocated_bytes"]) for m in models)
+    table.add_row("KV cache, allocated", *allocated)
     for stage, title in (
         ("before_load", "before load"),
         ("after_load", "after load"),

@@ -18,6 +18,7 @@ from bivlm_edge.quant.weights import GroupWeight
 
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
+FILLED = -1  # default of past_length: every position of the past tensors holds a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class GraphOptions:
         dtype: Type of activations, FLOAT or FLOAT16.
         opset: Version of the standard operators.
         prune: Token pruning.
+        position_axes: 1, or 3 for M-RoPE: position_ids is then ``(3, batch, sequence)``.
     """
 
     image_token_id: int
@@ -41,6 +43,7 @@ class GraphOptions:
     dtype: ir.DataType
     opset: int
     prune: PruneConfig
+    position_axes: int = 1
 
 
 def join_parts(
@@ -53,7 +56,7 @@ def join_parts(
 
     Args:
         vision: pixel_values to features, scores (`parts.trace_vision`).
-        decoder: hidden, position_ids, past to logits, present (`parts.trace_decoder`).
+        decoder: The inputs of `parts.DecoderPart` to logits, present (`parts.trace_decoder`).
         embedding: Token table ``(vocab, hidden)``, quantized or float.
         options: The rest.
 
@@ -64,8 +67,10 @@ def join_parts(
     decoder_part = _take_apart(decoder, "decoder")
     input_ids = _input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
     pixel_values = _input("pixel_values", options.dtype, ["images", *options.pixel_shape])
-    hidden_in, positions_in, *past = decoder_part.inputs
-    position_ids = _input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
+    hidden_in, positions_in, rows_in, last_in, total_in, *past = decoder_part.inputs
+    leading = [] if options.position_axes == 1 else [options.position_axes]
+    position_ids = _input("position_ids", ir.DataType.INT64, [*leading, "batch", "sequence"])
+    past_length = _past_length()
     for value in past:
         value.name = str(value.name).removeprefix("decoder/")
 
@@ -91,17 +96,31 @@ def join_parts(
         "kept_indices",
     )
     # Kept tokens keep their own positions: 2-D rotary layouts and distances stay what they were.
-    kept_positions = main.op("GatherElements", [position_ids, kept], {"axis": 1})
+    places = kept
+    if leading:
+        sizes = [_vector(main, leading, "axes"), main.op("Shape", [kept])]
+        places = main.op("Expand", [kept, main.op("Concat", sizes, {"axis": 0})])
+    kept_positions = main.op("GatherElements", [position_ids, places], {"axis": len(leading) + 1})
 
     ir.convenience.replace_all_uses_with(hidden_in, hidden)
     ir.convenience.replace_all_uses_with(positions_in, kept_positions)
+    ir.convenience.replace_all_uses_with(rows_in, _token_numbers(main, kept))
+    last_index, total_length = _cache_lengths(main, past_length, past[0], kept)
+    ir.convenience.replace_all_uses_with(last_in, last_index)
+    ir.convenience.replace_all_uses_with(total_in, total_length)
     for value in decoder_part.outputs:
         value.name = str(value.name).removeprefix("decoder/")
+    for value, before in zip(decoder_part.outputs[1:], past, strict=True):
+        axes: list[int | ir.SymbolicDim | str] = list(before.shape or ())
+        axes[2:3] = ["present"]  # past_length and this run decide
+        value.shape = ir.Shape(axes)
+    _name_values(main, "main")
     graph = ir.Graph(
-        [input_ids, pixel_values, position_ids, *past],
+        [input_ids, pixel_values, position_ids, past_length, *past],
         [*decoder_part.outputs, kept],
         nodes=[*main.nodes, *decoder_part.nodes],
         initializers=[
+            past_length,
             *vision_part.initializers,
             *main.initializers,
             *decoder_part.initializers,
@@ -111,6 +130,41 @@ def join_parts(
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="bivlm-edge")
     return _clean(model)
+
+
+def _past_length() -> ir.Value:
+    """Return the input `past_length` with its default: an initializer of the same name."""
+    name = "past_length"
+    default = ir.tensor(np.array(FILLED, np.int64), name=name)
+    return ir.Value(
+        name=name, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64), const_value=default
+    )
+
+
+def _token_numbers(tape: Tape, positions: ir.Value) -> ir.Value:
+    """Return 0 .. B * S - 1 as int64 `(B, S)`."""
+    count = tape.op("Size", [positions])
+    numbers = tape.op("Range", [_scalar(tape, 0, "start"), count, _scalar(tape, 1, "step")])
+    return tape.op("Reshape", [numbers, tape.op("Shape", [positions])])
+
+
+def _cache_lengths(
+    tape: Tape, past_length: ir.Value, past: ir.Value, positions: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Return index of the last token, int32 `(B,)`, and number of tokens, int32 `(1,)`.
+
+    Both count the cache with the tokens of this run. A past_length beyond the buffers would make
+    GroupQueryAttention read behind their end.
+    """
+    zero = _scalar(tape, 0, "zero")
+    capacity = tape.op("Shape", [past], {"start": 2, "end": 3})
+    is_filled = tape.op("Less", [past_length, zero])
+    filled = tape.op("Where", [is_filled, capacity, tape.op("Min", [past_length, capacity])])
+    total = tape.op("Add", [filled, tape.op("Shape", [positions], {"start": 1, "end": 2})])
+    total_length = tape.op("Cast", [total], {"to": ir.DataType.INT32})
+    last = tape.op("Sub", [total_length, _scalar(tape, 1, "one", np.int32)])
+    rows = tape.op("Shape", [positions], {"start": 0, "end": 1})
+    return tape.op("Expand", [last, rows]), total_length
 
 
 def _embed(
@@ -207,6 +261,14 @@ def _all_indices(tape: Tape, input_ids: ir.Value) -> ir.Value:
     length = tape.op("Squeeze", [tape.op("Shape", [input_ids], {"start": 1, "end": 2})])
     steps = tape.op("Range", [_scalar(tape, 0, "start"), length, _scalar(tape, 1, "step")])
     return tape.op("Expand", [steps, shape])
+
+
+def _name_values(tape: Tape, prefix: str) -> None:
+    """Name what has no name yet; left to the graph, names would repeat those of the branches."""
+    for number, node in enumerate(tape.nodes):
+        for index, value in enumerate(node.outputs):
+            if value.name is None:
+                value.name = f"{prefix}/{node.op_type}_{number}_{index}"
 
 
 def _input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

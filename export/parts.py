@@ -12,10 +12,9 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from bivlm_edge.errors import UnsupportedModelError
-from bivlm_edge.export import torch_ops
+from bivlm_edge.export import attention, torch_ops
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.quant.weights import GroupWeight, QuantizedWeight
@@ -54,7 +53,10 @@ def token_scores(features: Tensor) -> Tensor:
 
 
 class DecoderPart(nn.Module):
-    """Embeddings ``(B, S, hidden)`` to logits of the last position and the grown KV cache."""
+    """Embeddings ``(B, S, hidden)`` to logits of the last position and the grown KV cache.
+
+    Only inside `installed`: it walks the layers itself, with the modules of attention.py in them.
+    """
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         super().__init__()
@@ -62,31 +64,42 @@ class DecoderPart(nn.Module):
         self._vlm = [vlm]  # in a list: not a submodule
 
     def forward(
-        self, hidden: Tensor, position_ids: Tensor, past: list[Tensor]
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        rows: Tensor,
+        last_index: Tensor,
+        total_length: Tensor,
+        past: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         """Return logits ``(B, 1, vocab)`` and present key, value of every layer.
 
         Args:
             hidden: ``(B, S, hidden)``.
-            position_ids: int64 ``(B, S)``.
+            position_ids: int64 ``(B, S)``, or ``(3, B, S)`` (M-RoPE).
+            rows: int64 ``(B, S)``: 0 .. B * S - 1.
+            last_index: int32 ``(B,)``: index of the last token in the cache after this run.
+            total_length: int32 ``(1,)``: tokens in the cache after this run.
             past: key, value of every layer in turn, each ``(B, kv_heads, P, head_dim)``.
         """
-        cache = DynamicCache()
-        for layer in range(len(past) // 2):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        new, seen = hidden.shape[1], past[0].shape[2]
-        columns = torch.arange(seen + new, device=hidden.device)
-        rows = torch.arange(new, device=hidden.device) + seen
-        mask = (columns[None, :] <= rows[:, None])[None, None]
-        output = self._vlm[0].decoder(
-            inputs_embeds=hidden,
-            position_ids=position_ids,
-            past_key_values=cache,
-            attention_mask=mask,
-            use_cache=True,
-        )
-        logits = self.module.get_output_embeddings()(output.last_hidden_state[:, -1:])
-        return logits, [state for layer in cache.layers for state in (layer.keys, layer.values)]
+        decoder: Any = self._vlm[0].decoder
+        rotation = attention.rotary(decoder.rotary_emb, position_ids, rows, hidden.dtype)
+        present = []
+        norms = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.norm]
+        normed, hidden = decoder.layers[0].input_layernorm(None, hidden)
+        for index, (layer, next_norm) in enumerate(zip(decoder.layers, norms, strict=True)):
+            states = (past[2 * index], past[2 * index + 1])
+            # behind the attention of the last layer only the last token leads to the logits
+            is_last = next_norm is decoder.norm
+            update, key, value = layer.self_attn(
+                normed, rotation, states, last_index, total_length, last_only=is_last
+            )
+            present += [key, value]
+            if is_last:
+                hidden = hidden[:, -1:]
+            normed, hidden = layer.post_attention_layernorm(update, hidden)
+            normed, hidden = next_norm(layer.mlp(normed), hidden)
+        return self.module.get_output_embeddings()(normed), present
 
 
 def kv_geometry(vlm: VisionLanguageModel) -> tuple[int, int, int]:
@@ -101,7 +114,7 @@ def kv_geometry(vlm: VisionLanguageModel) -> tuple[int, int, int]:
 def installed(
     vlm: VisionLanguageModel, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype
 ) -> Iterator[None]:
-    """Inside the block, quantized layers are modules that trace to operator nodes.
+    """Inside the block, modules of the model trace to operator nodes: quantized layers, attention.
 
     Layers whose weight has no operator (`DenseWeight`) stay linear layers; their float weights
     already hold the quantized values. What is traced refers to these modules: write it before
@@ -124,15 +137,40 @@ def installed(
     floats = {
         tensor: tensor.data for tensor in module.parameters() if tensor.dtype == torch.float32
     }
+    replaced = _replace_decoder_modules(vlm)
     try:
         for tensor, data in floats.items():
             tensor.data = data.to(dtype)
         yield
     finally:
+        for owner, name, original in replaced:
+            setattr(owner, name, original)
         for tensor, data in floats.items():
             tensor.data = data
         for name, linear in linears.items():
             module.set_submodule(name, linear)
+
+
+def _replace_decoder_modules(vlm: VisionLanguageModel) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put the modules of attention.py in; return (owner, name, original) of each replaced one.
+
+    Raises:
+        UnsupportedModelError: The decoder's rotary embedding has no form in the graph.
+    """
+    decoder: Any = vlm.decoder
+    attention.check_rotary(decoder.rotary_emb, kv_geometry(vlm)[2])
+    new: list[tuple[nn.Module, str, nn.Module]] = []
+    for layer in decoder.layers:
+        new.append((layer, "self_attn", attention.GroupedAttention(layer.self_attn)))
+        new += [
+            (layer, name, attention.ResidualNorm(getattr(layer, name)))
+            for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+    new.append((decoder, "norm", attention.ResidualNorm(decoder.norm)))
+    replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
+    for owner, name, module in new:
+        setattr(owner, name, module)
+    return replaced
 
 
 def trace_vision(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> ir.Model:
@@ -150,25 +188,41 @@ def trace_vision(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> ir
 
 
 def trace_decoder(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> ir.Model:
-    """Trace decoder and head; past and present named `past_key_values.{i}.key` and so on."""
+    """Trace decoder and head; inputs as in DecoderPart, outputs logits, `present.{i}.key|value`."""
     layers, heads, width = kv_geometry(vlm)
     batch, new, seen = 2, 3, 5
     past = [torch.rand(batch, heads, seen, width, dtype=dtype) for _ in range(2 * layers)]
     hidden = torch.rand(batch, new, vlm.text_config.hidden_size, dtype=dtype)
     positions = torch.arange(seen, seen + new)[None].expand(batch, -1).contiguous()
+    axes = 0
+    if vlm.image_grid is not None:
+        axes, positions = 1, positions.expand(3, -1, -1).contiguous()
+    rows = torch.arange(batch * new).reshape(batch, new)
+    last_index = torch.full((batch,), seen + new - 1, dtype=torch.int32)
+    total_length = torch.tensor([seen + new], dtype=torch.int32)
     batch_dim, new_dim = torch.export.Dim("batch"), torch.export.Dim("new")
     seen_dim = torch.export.Dim("past", min=0)
     shapes = {
         "hidden": {0: batch_dim, 1: new_dim},
-        "position_ids": {0: batch_dim, 1: new_dim},
+        "position_ids": {axes: batch_dim, axes + 1: new_dim},
+        "rows": {0: batch_dim, 1: new_dim},
+        "last_index": {0: batch_dim},
+        "total_length": {},
         "past": [{0: batch_dim, 2: seen_dim} for _ in past],
     }
     names = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
     return _trace(
         DecoderPart(vlm).eval(),
-        (hidden, positions, past),
+        (hidden, positions, rows, last_index, total_length, past),
         shapes,
-        ["hidden", "position_ids", *(f"past_key_values.{name}" for name in names)],
+        [
+            "hidden",
+            "position_ids",
+            "rows",
+            "last_index",
+            "total_length",
+            *(f"past_key_values.{name}" for name in names),
+        ],
         ["logits", *(f"present.{name}" for name in names)],
         opset,
         "decoder",

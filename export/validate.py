@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
 from torch import Tensor
+from transformers import DynamicCache
 
 from bivlm_edge import custom_ops_library
 from bivlm_edge.config import ExportConfig
 from bivlm_edge.errors import ValidationError
 from bivlm_edge.export import reference
-from bivlm_edge.export.parts import DecoderPart, kv_geometry, token_scores
+from bivlm_edge.export.parts import token_scores
 from bivlm_edge.models import VisionLanguageModel
 
 NEW_TOKENS = 4
@@ -38,15 +39,29 @@ RUNTIME_ERRORS = (
     runtime_errors.InvalidProtobuf,
     runtime_errors.NoSuchFile,
     runtime_errors.EPFail,
+    RuntimeError,  # what run_with_iobinding raises
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt with its picture: input_ids int64 ``(1, S)``, pixels float32 ``(1, 3, H, W)``."""
+    """One prompt with its picture.
+
+    Attributes:
+        input_ids: int64 ``(1, S)``.
+        pixel_values: float32 ``(1, 3, H, W)``.
+        position_ids: int64 ``(1, S)``, or ``(3, 1, S)`` (M-RoPE).
+        next_position: Of the first token of the answer.
+    """
 
     input_ids: Tensor
     pixel_values: Tensor
+    position_ids: Tensor
+    next_position: int
+
+    def following(self, step: int) -> Tensor:
+        """Return the position of the answer's token `step`, shaped as position_ids."""
+        return torch.full_like(self.position_ids[..., :1], self.next_position + step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +99,6 @@ class TorchOracle:
     def __init__(self, vlm: VisionLanguageModel, config: ExportConfig) -> None:
         self._vlm = vlm
         self._prune = config.prune
-        self._decoder = DecoderPart(vlm).eval()
 
     @torch.no_grad()
     def kept(self, sample: Sample) -> NDArray[np.int64]:
@@ -118,18 +132,29 @@ class TorchOracle:
             tokens: One per step; all but the last are fed.
         """
         hidden = self._merge(sample)[0][:, kept]
-        layers, heads, width = kv_geometry(self._vlm)
-        past = [torch.zeros(1, heads, 0, width) for _ in range(2 * layers)]
-        positions = torch.from_numpy(kept)[None]
-        length = sample.input_ids.shape[1]
+        cache = DynamicCache()
+        positions = sample.position_ids[..., torch.from_numpy(kept)]
         embed = self._vlm.module.get_input_embeddings()
         logits = []
         for step, token in enumerate(tokens):
-            scores, past = self._decoder(hidden, positions, past)
-            logits.append(scores[0, -1].numpy())
+            logits.append(self._step(hidden, positions, cache)[0].numpy())
             hidden = embed(torch.tensor([[token]]))
-            positions = torch.tensor([[length + step]])
+            positions = sample.following(step)
         return np.stack(logits)
+
+    def _step(self, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Return the logits ``(1, vocab)`` of the last token and let the cache grow."""
+        new, seen = hidden.shape[1], cache.get_seq_length()
+        mask = torch.arange(seen + new)[None] <= torch.arange(seen, seen + new)[:, None]
+        output = self._vlm.decoder(
+            inputs_embeds=hidden,
+            position_ids=positions,
+            past_key_values=cache,
+            attention_mask=mask[None, None],
+            use_cache=True,
+        )
+        head = self._vlm.module.get_output_embeddings()
+        return cast("Tensor", head(output.last_hidden_state[:, -1]))
 
     def _merge(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
         """Return embeddings with the picture in them, where it is, and its features."""
@@ -156,37 +181,80 @@ class OnnxRunner:
         pixels = inputs["pixel_values"]
         self._dtype = np.float16 if pixels.type == "tensor(float16)" else np.float32
         self._no_pixels = np.zeros((0, *pixels.shape[1:]), self._dtype)
-        self._no_past = {
-            name: np.zeros((1, value.shape[1], 0, value.shape[3]), self._dtype)
+        self._past_shapes = {
+            name: (value.shape[1], value.shape[3])
             for name, value in inputs.items()
             if name.startswith("past_key_values.")
         }
 
-    def run(self, sample: Sample, steps: int) -> _Run:
-        """Prefill and decode greedily."""
+    def run(self, sample: Sample, steps: int, *, in_place: bool) -> _Run:
+        """Prefill and decode greedily.
+
+        Args:
+            sample: Prompt and picture.
+            steps: Tokens.
+            in_place: Keep keys and values in buffers that each run writes into; otherwise each
+                run returns new tensors, exactly filled.
+        """
         length = sample.input_ids.shape[1]
-        feed: dict[str, Any] = {
+        room = length + steps if in_place else 0
+        cache = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.zeros((1, heads, room, width), self._dtype)
+            )
+            for name, (heads, width) in self._past_shapes.items()
+        }
+        feed: dict[str, NDArray[Any]] = {
             "input_ids": sample.input_ids.numpy(),
             "pixel_values": sample.pixel_values.numpy().astype(self._dtype),
-            "position_ids": np.arange(length)[None],
-            **self._no_past,
+            "position_ids": sample.position_ids.numpy(),
         }
         logits, tokens = [], []
         kept = np.zeros(0, np.int64)
         for step in range(steps):
-            found = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
-            logits.append(found["logits"][0, -1].astype(np.float32))
+            if in_place:
+                filled = len(kept) + step - 1 if step else 0
+                feed["past_length"] = np.array(filled)
+            found = self._run(feed, cache, in_place=in_place)
+            logits.append(found["logits"].numpy()[0, -1].astype(np.float32))
             tokens.append(int(logits[-1].argmax()))
             if step == 0:
-                kept = found["kept_indices"][0]
+                kept = found["kept_indices"].numpy()[0]
             feed = {
                 "input_ids": np.array([[tokens[-1]]]),
                 "pixel_values": self._no_pixels,
-                "position_ids": np.array([[length + step]]),
+                "position_ids": sample.following(step).numpy(),
             }
-            for name in self._no_past:
-                feed[name] = found[name.replace("past_key_values.", "present.")]
+            if not in_place:
+                cache = {name: found[_present(name)] for name in cache}
         return _Run(np.stack(logits), kept, tokens)
+
+    def _run(
+        self,
+        feed: Mapping[str, NDArray[Any]],
+        cache: Mapping[str, onnxruntime.OrtValue],
+        *,
+        in_place: bool,
+    ) -> dict[str, onnxruntime.OrtValue]:
+        binding = self._session.io_binding()
+        values = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.require(array, requirements="C"))
+            for name, array in feed.items()
+        }
+        for name, value in (*values.items(), *cache.items()):
+            binding.bind_ortvalue_input(name, value)
+        buffers = {_present(name): value for name, value in cache.items()} if in_place else {}
+        for name in self._outputs:
+            if name in buffers:
+                binding.bind_ortvalue_output(name, buffers[name])
+            else:
+                binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values.", "present.")
 
 
 def ways_to_run(has_custom_ops: bool, fallback: str) -> dict[str, bool]:
@@ -228,11 +296,34 @@ def validate(
     for name, with_library in ways.items():
         try:
             runner = OnnxRunner(path, with_library=with_library)
-            runs = [runner.run(sample, NEW_TOKENS) for sample in samples]
+            runs, runs_in_place = (
+                [runner.run(sample, NEW_TOKENS, in_place=in_place) for sample in samples]
+                for in_place in (False, True)
+            )
         except RUNTIME_ERRORS as error:
             raise ValidationError(f"{name} cannot run the exported graph: {error}") from error
+        _require_same(name, runs, runs_in_place, BOUNDS["none", config.dtype])
         comparisons.append(_compare(name, runs, samples, oracle, bound))
     return comparisons
+
+
+def _require_same(
+    name: str, runs: Sequence[_Run], runs_in_place: Sequence[_Run], bound: float
+) -> None:
+    """Check that buffers written in place give what tensors returned anew do.
+
+    Both are the same kernels on the same numbers, whatever the weights: float bounds hold.
+    """
+    for index, (run, other) in enumerate(zip(runs, runs_in_place, strict=True)):
+        spread = np.linalg.norm(run.logits - run.logits.mean(axis=1, keepdims=True), axis=1)
+        errors = np.linalg.norm(run.logits - other.logits, axis=1) / spread
+        is_same = np.array_equal(run.kept, other.kept) and run.tokens == other.tokens
+        if not (is_same and errors.max() <= bound):  # also catches NaN
+            raise ValidationError(
+                f"{name}: with the KV cache written in place sample {index} gives the tokens "
+                f"{other.tokens} instead of {run.tokens}, logits differ by {errors.max():.2e} of "
+                f"their spread; the bound is {bound:g}. No file was written."
+            )
 
 
 def _compare(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bivlm_edge.errors import BivlmError, RequestError
 from bivlm_edge.runtime.answer import Answerer
-from bivlm_edge.runtime.generate import Step, run_step
+from bivlm_edge.runtime.generate import run_step
 from bivlm_edge.runtime.kv_cache import KvCache
 from bivlm_edge.runtime.process_memory import memory_bytes
 from bivlm_edge.runtime.sampling import greedy
@@ -108,30 +108,31 @@ class Worker:
         token_ids, pixels = self._inputs()
         preprocess_ms = _ms_since(start)
         run_start = time.perf_counter()
-        step = run_step(session, token_ids, KvCache.empty(session), pixels)
+        cache = KvCache(session, len(token_ids) + self.job.new_tokens)
+        step = run_step(session, token_ids, cache, pixels)
         token = greedy(step.logits)
         first_run_ms, ttft_ms = _ms_since(run_start), _ms_since(start)
-        decode_ms, last = self._decode(step, token)
+        decode_ms = self._decode(cache, token)
         kept = len(step.kept)
         self.facts["kept_tokens"] = kept
-        self.facts["kv_cache_bytes"] = last.tokens * KvCache.bytes_per_token(session)
+        self.facts["kv_cache_bytes"] = cache.used_bytes
+        self.facts["kv_cache_allocated_bytes"] = cache.allocated_bytes
         prefill_ms = first_run_ms
         if pixels is not None:
             # The placeholder needs pixels; any other token costs the decoder the same.
             filler = np.full(kept, _other_token(session.manifest.image_token_id), dtype=np.int64)
             start = time.perf_counter()
-            run_step(session, filler, KvCache.empty(session))
+            run_step(session, filler, KvCache(session))
             prefill_ms = _ms_since(start)
         vision_ms = first_run_ms - prefill_ms
         return Sample(ttft_ms, preprocess_ms, first_run_ms, prefill_ms, vision_ms, decode_ms)
 
-    def _decode(self, step: Step, token: int) -> tuple[float, KvCache]:
+    def _decode(self, cache: KvCache, token: int) -> float:
         start = time.perf_counter()
         for _ in range(self.job.new_tokens - 1):
             following = np.array([token], dtype=np.int64)
-            step = run_step(self.answerer.session, following, step.cache)
-            token = greedy(step.logits)
-        return _ms_since(start) / max(1, self.job.new_tokens - 1), step.cache
+            token = greedy(run_step(self.answerer.session, following, cache).logits)
+        return _ms_since(start) / max(1, self.job.new_tokens - 1)
 
     def _inputs(self) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
         image = self.job.image

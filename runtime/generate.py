@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from bivlm_edge.errors import BundleError, RequestError
-from bivlm_edge.runtime.kv_cache import KvCache
+from bivlm_edge.positions import position_rows
+from bivlm_edge.runtime.kv_cache import GROWTH, BoundRun, KvCache
 from bivlm_edge.runtime.sampling import Sampler, greedy
-from bivlm_edge.runtime.session import OrtError, VlmSession, ort_sentence, pixel_batch
+from bivlm_edge.runtime.session import RUN_ERRORS, VlmSession, ort_sentence, pixel_batch
 
 StopReason = Literal["end", "length", "context"]
 
@@ -25,12 +25,10 @@ class Step:
     Attributes:
         logits: `[vocabulary]` of the last position.
         kept: int64 `[kept tokens]`: which of the given tokens pruning kept.
-        cache: Keys and values of all tokens so far.
     """
 
     logits: NDArray[np.floating[Any]]
     kept: NDArray[np.int64]
-    cache: KvCache
 
 
 def run_step(
@@ -44,34 +42,42 @@ def run_step(
     Args:
         session: The model.
         token_ids: int64 `[tokens]`, the positions right behind `cache`.
-        cache: What came before; not changed.
+        cache: What came before; the tokens are appended to it.
         pixels: float32 `[images, 3, H, W]` of the images whose placeholders `token_ids` holds.
 
     Raises:
+        RequestError: The tokens do not fit into the context.
         BundleError: ONNX Runtime refuses the run.
     """
     count = len(token_ids)
-    positions = np.arange(cache.position, cache.position + count, dtype=np.int64)
-    feeds = {
-        "input_ids": _ort_value(token_ids.reshape(1, -1)),
-        "pixel_values": _ort_value(pixel_batch(session, pixels)),
-        "position_ids": _ort_value(positions.reshape(1, -1)),
-        **dict(zip(session.past_names, cache.tensors, strict=True)),
-    }
+    context = session.manifest.context_length
+    if cache.position + count > context:
+        raise RequestError(
+            f"{count:,} tokens behind position {cache.position:,} do not fit into the context: "
+            f"the model takes {context:,} in all. Shorten the prompt or the answer."
+        )
+    cache.reserve(cache.tokens + count)
+    is_single = count == 1 and pixels is None
+    run = cache.single if is_single else None
+    if run is None:
+        run = BoundRun(cache, count, pixel_batch(session, pixels), kept=not is_single)
+    run.token_ids[0] = token_ids
+    manifest = session.manifest
+    positions, following = position_rows(
+        token_ids, cache.position, manifest.image_token_id, manifest.image_grid
+    )
     try:
-        outputs = session.ort.run_with_ort_values(session.output_names, feeds)
-    except OrtError as error:
+        run.run(positions, cache.tokens)
+    except RUN_ERRORS as error:
         raise BundleError(
             f"'{session.paths.graph}' failed in ONNX Runtime on {count} tokens behind "
             f"{cache.tokens} cached ones: {ort_sentence(error)}."
         ) from error
-    logits, kept = outputs[0].numpy(), outputs[1].numpy()
-    after = KvCache(tuple(outputs[2:]), cache.tokens + kept.shape[1], cache.position + count)
-    return Step(logits[0, -1], kept[0], after)
-
-
-def _ort_value(array: NDArray[Any]) -> ort.OrtValue:
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    kept = np.zeros(1, np.int64) if is_single else run.kept_indices()
+    cache.advance(len(kept), following)
+    if is_single:
+        cache.single = run
+    return Step(run.logits[0, 0].copy(), kept)
 
 
 class Generation(Iterator[int]):
@@ -139,7 +145,8 @@ class Generation(Iterator[int]):
         self._limit = limit
         self._sampler = sampler
         self._end = frozenset(manifest.eos_token_ids)
-        self._cache = KvCache.empty(session)
+        capacity = min(len(prompt_ids) + min(limit, GROWTH), manifest.context_length)
+        self._cache = KvCache(session, capacity)
         self._last = -1
 
     def __next__(self) -> int:
@@ -161,12 +168,10 @@ class Generation(Iterator[int]):
         return self.prompt_tokens + self.new_tokens >= self._session.manifest.context_length
 
     def _run(self) -> Step:
-        if self._prompt is not None:
-            step = run_step(self._session, self._prompt, self._cache, self._pixels)
-            self.kept_tokens = step.cache.tokens
-            self._prompt = self._pixels = None
-        else:
+        if self._prompt is None:
             last = np.array([self._last], dtype=np.int64)
-            step = run_step(self._session, last, self._cache)
-        self._cache = step.cache
+            return run_step(self._session, last, self._cache)
+        step = run_step(self._session, self._prompt, self._cache, self._pixels)
+        self.kept_tokens = self._cache.tokens
+        self._prompt = self._pixels = None
         return step

@@ -1,40 +1,111 @@
-"""The keys and values of the tokens so far, as ONNX Runtime returned them."""
+"""The keys and values of the tokens so far, in buffers that the graph writes into."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
+from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime.session import VlmSession
 
+GROWTH = 256  # positions that a full cache gains
 
-@dataclass(frozen=True, slots=True)
+
 class KvCache:
-    """What one run leaves for the next.
+    """Keys and values of one conversation; a run appends the tokens that it is given.
 
-    The tensors belong to ONNX Runtime: the outputs of a run are fed as the next run's inputs
-    without a copy, and a cache is never written to, so that it can be continued more than once.
+    Past and present of a run are the same memory, so that no step copies the cache. What a run
+    writes cannot be taken back: continue a `copy` to continue twice.
 
     Attributes:
-        tensors: Per layer key then value, each `[1, kv_heads, tokens, head_dim]`.
+        session: The model that it belongs to.
+        tensors: Per layer key then value, each `[1, kv_heads, capacity, head_dim]`; the first
+            `tokens` positions are filled.
         tokens: Tokens in the cache: those that pruning kept.
         position: Position of the next token: kept tokens keep their original positions, so it
-            counts the dropped ones too.
+            counts the dropped ones too. A picture on a grid takes fewer positions than tokens.
+        single: The bound run of the next single token, while the buffers stay where they are.
     """
 
-    tensors: tuple[ort.OrtValue, ...]
-    tokens: int
-    position: int
+    def __init__(self, session: VlmSession, capacity: int = 0) -> None:
+        """Allocate an empty cache; memory is touched when tokens are written.
 
-    @classmethod
-    def empty(cls, session: VlmSession) -> KvCache:
-        """Return the cache before the first token."""
-        manifest = session.manifest
-        shape = (1, manifest.kv_heads, 0, manifest.head_dim)
-        tensor = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=session.dtype))
-        return cls((tensor,) * len(session.past_names), 0, 0)
+        Args:
+            session: The model.
+            capacity: Tokens that fit before the buffers have to grow.
+
+        Raises:
+            RequestError: The model takes fewer tokens than `capacity`.
+        """
+        self.session = session
+        self.tensors: tuple[ort.OrtValue, ...] = ()
+        self.tokens = 0
+        self.position = 0
+        self.single: BoundRun | None = None
+        self._buffers: list[NDArray[Any]] = []
+        self._require(capacity)
+        self._allocate(capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers hold."""
+        return int(self._buffers[0].shape[2])
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the filled positions."""
+        return self.tokens * self.bytes_per_token(self.session)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the buffers; pages that were never written take no memory yet."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` in all; the contents are copied if the buffers have to grow.
+
+        Raises:
+            RequestError: That is more than the model takes.
+        """
+        self._require(tokens)
+        if tokens > self.capacity:
+            context = self.session.manifest.context_length
+            self._allocate(min(context, max(tokens, self.capacity + GROWTH)))
+
+    def copy(self) -> KvCache:
+        """Return a cache of its own with the same contents."""
+        other = KvCache(self.session, self.capacity)
+        for mine, theirs in zip(self._buffers, other._buffers, strict=True):
+            theirs[:, :, : self.tokens] = mine[:, :, : self.tokens]
+        other.tokens, other.position = self.tokens, self.position
+        return other
+
+    def advance(self, kept: int, position: int) -> None:
+        """Count the `kept` tokens that a run has written, and move on to `position`."""
+        self.tokens += kept
+        self.position = position
+
+    def _require(self, tokens: int) -> None:
+        context = self.session.manifest.context_length
+        if tokens > context:
+            raise RequestError(
+                f"{tokens:,} tokens do not fit into the context: the model takes {context:,} in "
+                "all. Shorten the prompt or the answer."
+            )
+
+    def _allocate(self, capacity: int) -> None:
+        manifest = self.session.manifest
+        shape = (1, manifest.kv_heads, capacity, manifest.head_dim)
+        # zeros, not empty: the system hands out zeroed pages when they are written
+        new = [np.zeros(shape, self.session.dtype) for _ in self.session.past_names]
+        for buffer, old in zip(new, self._buffers, strict=False):
+            buffer[:, :, : self.tokens] = old[:, :, : self.tokens]
+        self._buffers = new
+        self.tensors = tuple(ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in new)
+        self.single = None
 
     @staticmethod
     def bytes_per_token(session: VlmSession) -> int:
@@ -42,3 +113,70 @@ class KvCache:
         manifest = session.manifest
         values = 2 * manifest.layers * manifest.kv_heads * manifest.head_dim
         return values * np.dtype(session.dtype).itemsize
+
+
+class BoundRun:
+    """One run of the graph with all memory bound: the cache in place, ids, positions, logits.
+
+    Attributes:
+        token_ids: int64 `[1, tokens]`, to be written before a run.
+        logits: `[1, 1, vocabulary]`, overwritten by each run.
+    """
+
+    def __init__(self, cache: KvCache, count: int, pixels: NDArray[Any], *, kept: bool) -> None:
+        """Bind.
+
+        Args:
+            cache: Its buffers must have room for `count` more tokens, and must not move.
+            count: Tokens per run.
+            pixels: `pixel_values` in the model's type.
+            kept: Fetch `kept_indices`.
+        """
+        session = cache.session
+        self._session = session.ort  # not the cache: a cycle would outlive the conversation
+        self.token_ids = np.zeros((1, count), np.int64)
+        self.logits = np.zeros((1, 1, session.manifest.vocab_size), session.dtype)
+        axes = () if session.manifest.image_grid is None else (3,)
+        self._positions = np.zeros((*axes, 1, count), np.int64)
+        self._past_length = np.zeros((), np.int64)
+        arrays = {
+            "input_ids": self.token_ids,
+            "position_ids": self._positions,
+            "past_length": self._past_length,
+            "pixel_values": np.ascontiguousarray(pixels),
+            "logits": self.logits,
+        }
+        # the OrtValues are views of the arrays and must live as long as the binding
+        self._values = {
+            name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()
+        }
+        self._binding = session.ort.io_binding()
+        for name, value in self._values.items():
+            if name != "logits":
+                self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output("logits", self._values["logits"])
+        if kept:
+            self._binding.bind_output("kept_indices")
+        present_names = session.output_names[2:]
+        for past, present, tensor in zip(
+            session.past_names, present_names, cache.tensors, strict=True
+        ):
+            self._binding.bind_ortvalue_input(past, tensor)
+            self._binding.bind_ortvalue_output(present, tensor)
+
+    def run(self, positions: NDArray[np.int64], past_length: int) -> None:
+        """Run on `token_ids` at `positions`, behind `past_length` cached tokens.
+
+        Args:
+            positions: `[1, tokens]`, or `[3, 1, tokens]` where the model's positions have axes.
+            past_length: Filled positions of the cache.
+        """
+        self._positions[...] = positions
+        self._past_length[...] = past_length
+        self._session.run_with_iobinding(self._binding)
+
+    def kept_indices(self) -> NDArray[np.int64]:
+        """Return int64 `[kept tokens]` of the last run."""
+        # outputs come in the order in which they were bound
+        kept: NDArray[np.int64] = self._binding.get_outputs()[1].numpy()[0]
+        return kept

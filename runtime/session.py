@@ -35,6 +35,7 @@ OrtError = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
+RUN_ERRORS = (*OrtError, RuntimeError)  # run_with_iobinding wraps them all in the latter
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,12 @@ def _check_signature(
     output_names: tuple[str, ...],
 ) -> None:
     """The names are the contract; shapes are the graph's own business."""
+    if "past_length" not in {node.name for node in session.get_overridable_initializers()}:
+        raise BundleError(
+            f"'{paths.graph}' has no optional input past_length: it is no graph of bivlm-edge, or "
+            "was exported before the KV cache was written in place. Export the model again with "
+            "this version of bivlm-edge."
+        )
     wanted_inputs = {"input_ids", "pixel_values", "position_ids", *past_names}
     missing = wanted_inputs ^ {node.name for node in session.get_inputs()}
     missing |= set(output_names) - {node.name for node in session.get_outputs()}
@@ -207,6 +214,7 @@ def ort_sentence(error: Exception) -> str:
     """The first line of an ONNX Runtime message, without its error-code prefix."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    text = text.removeprefix("Error in execution: ")
     if text.startswith("[ONNXRuntimeError]"):
         text = text.split(" : ", 3)[-1]
     return text.strip().rstrip(".")

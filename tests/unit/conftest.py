@@ -125,6 +125,9 @@ def _model(*, fp16: bool, prunes: bool, domain_node: str | None) -> onnx.ModelPr
         constant("four_f", 4.0),
         numpy_helper.from_array(np.array(1, dtype=np.float16 if fp16 else np.float32), "one"),
         constant("five", 5),
+        constant("two_1", [2]),
+        constant("end", [1 << 40]),
+        constant("past_length", -1),
     ]
     nodes: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Equal", ["input_ids", "image_id"], "is_image", {}),
@@ -152,16 +155,30 @@ def _model(*, fp16: bool, prunes: bool, domain_node: str | None) -> onnx.ModelPr
         ("Unsqueeze", ["value_2", "axes23"], "value", {}),
         ("Cast", ["positions"], "position_t", {"to": kind}),
         ("Unsqueeze", ["position_t", "axes23"], "position", {}),
-        ("Concat", ["past_key_values.0.key", "value"], "present.0.key", {"axis": 2}),
-        ("Concat", ["past_key_values.0.value", "position"], "present.0.value", {"axis": 2}),
         ("Add", ["value", "one"], "value_1", {}),
         ("Add", ["position", "one"], "position_1", {}),
-        ("Concat", ["past_key_values.1.key", "value_1"], "present.1.key", {"axis": 2}),
-        ("Concat", ["past_key_values.1.value", "position_1"], "present.1.value", {"axis": 2}),
-        ("Cast", ["present.0.key"], "k0", {"to": TensorProto.FLOAT}),
-        ("Cast", ["present.0.value"], "v0", {"to": TensorProto.FLOAT}),
-        ("Cast", ["present.1.key"], "k1", {"to": TensorProto.FLOAT}),
-        ("Cast", ["present.1.value"], "v1", {"to": TensorProto.FLOAT}),
+        # past_length < 0: all of past is filled; what lies behind the new tokens stays there
+        ("Shape", ["past_key_values.0.key"], "capacity", {"start": 2, "end": 3}),
+        ("Less", ["past_length", "zero"], "is_filled", {}),
+        ("Where", ["is_filled", "capacity", "past_length"], "filled", {}),
+        ("Shape", ["kept"], "count", {}),
+        ("Add", ["filled", "count"], "behind", {}),
+        *(
+            node
+            for state, new, part in (
+                ("k0", "value", "0.key"),
+                ("v0", "position", "0.value"),
+                ("k1", "value_1", "1.key"),
+                ("v1", "position_1", "1.value"),
+            )
+            for node in (
+                ("Slice", [f"past_key_values.{part}", "zero", "filled", "two_1"], f"{state}_p", {}),
+                ("Slice", [f"past_key_values.{part}", "behind", "end", "two_1"], f"{state}_t", {}),
+                ("Concat", [f"{state}_p", new], f"{state}_used", {"axis": 2}),
+                ("Concat", [f"{state}_used", f"{state}_t"], f"present.{part}", {"axis": 2}),
+                ("Cast", [f"{state}_used"], state, {"to": TensorProto.FLOAT}),
+            )
+        ),
         # other contents and another weight for every tensor of the cache: no two can be swapped
         ("Mul", ["k1", "two_f"], "k1x2", {}),
         ("Mul", ["v0", "three_f"], "v0x3", {}),
@@ -199,6 +216,7 @@ def _model(*, fp16: bool, prunes: bool, domain_node: str | None) -> onnx.ModelPr
         helper.make_tensor_value_info("pixel_values", kind, ["images", 3, SIZE, SIZE]),
         helper.make_tensor_value_info("position_ids", int64, ["batch", "tokens"]),
         *(helper.make_tensor_value_info(f"past_key_values.{p}", kind, past) for p in parts),
+        helper.make_tensor_value_info("past_length", int64, []),
     ]
     present: list[str | int | None] = ["batch", 1, "total", 1]
     outputs = [

@@ -44,6 +44,9 @@ def test_two_models_take_turns(make_bundle: Any, image: str) -> None:
     assert (two["prompt_tokens"], two["kept_tokens"]) == (10, 10)
     assert one["kv_cache_bytes"] == (7 + 3) * 16
     assert two["kv_cache_bytes"] == (10 + 3) * 8
+    # room for the prompt before pruning and the answer
+    assert one["kv_cache_allocated_bytes"] == (10 + 4) * 16
+    assert two["kv_cache_allocated_bytes"] == (10 + 4) * 8
     assert one["weight_bytes"] == sum(
         path.stat().st_size for path in (first.graph, first.paths.data)
     )

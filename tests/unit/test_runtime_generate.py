@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from PIL import Image
 from bivlm_edge.errors import BundleError, RequestError
 from bivlm_edge.runtime import Answerer, Generation, greedy, load, top_p_sampler
 from bivlm_edge.runtime.generate import run_step
-from bivlm_edge.runtime.kv_cache import KvCache
+from bivlm_edge.runtime.kv_cache import GROWTH, KvCache
 
 
 def _picture(red: int) -> Image.Image:
@@ -45,25 +47,94 @@ def test_answer_without_a_picture(bundle: Any) -> None:
     assert generation.kept_tokens == len(ids)
 
 
-def test_a_cache_can_be_continued_twice_with_the_same_result(bundle: Any) -> None:
+def test_a_copy_can_be_continued_like_the_cache_itself(bundle: Any) -> None:
     session = load(bundle.graph)
-    ids = np.array([3, 40, 41, 42], dtype=np.int64)
-    step = run_step(session, ids, KvCache.empty(session))
+    cache = KvCache(session)
+    run_step(session, np.array([3, 40, 41, 42]), cache)
+    copy = cache.copy()
+    assert (copy.tokens, copy.position, copy.capacity) == (4, 4, cache.capacity)
     following = np.array([50], dtype=np.int64)
-    first = run_step(session, following, step.cache)
-    second = run_step(session, following, step.cache)
+    first = run_step(session, following, cache)
+    run_step(session, np.array([51]), cache)
+    second = run_step(session, following, copy)
     np.testing.assert_array_equal(first.logits, second.logits)
-    assert (step.cache.tokens, step.cache.position) == (4, 4)
-    assert (first.cache.tokens, first.cache.position) == (5, 5)
+    assert (cache.tokens, cache.position) == (6, 6)
+    assert (copy.tokens, copy.position) == (5, 5)
+
+
+def test_steps_write_into_the_same_memory(bundle: Any) -> None:
+    session = load(bundle.graph)
+    cache = KvCache(session, capacity=8)
+    tensors = cache.tensors
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    run_step(session, np.array([3, 40, 41]), cache)
+    run_step(session, np.array([50]), cache)
+    run_step(session, np.array([51]), cache)
+    assert [tensor.data_ptr() for tensor in cache.tensors] == addresses
+    keys = tensors[0].numpy()[0, 0, :, 0]
+    assert keys.tolist() == [3, 40, 41, 50, 51, 0, 0, 0]
+
+
+def test_a_cache_is_freed_with_its_last_reference(bundle: Any) -> None:
+    session = load(bundle.graph)
+    cache = KvCache(session, capacity=8)
+    run_step(session, np.array([3, 40, 41]), cache)
+    run_step(session, np.array([50]), cache)
+    reference = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert reference() is None, "held until the garbage collector finds it"
+    finally:
+        gc.enable()
+
+
+def test_logits_of_a_step_survive_the_next(bundle: Any) -> None:
+    session = load(bundle.graph)
+    cache = KvCache(session, capacity=8)
+    run_step(session, np.array([3, 40, 41]), cache)
+    step = run_step(session, np.array([50]), cache)
+    before = step.logits.copy()
+    run_step(session, np.array([51]), cache)
+    np.testing.assert_array_equal(step.logits, before)
+
+
+def test_a_full_cache_grows_up_to_the_context_and_no_further(make_bundle: Any) -> None:
+    session = load(make_bundle(context=400).graph)
+    ids = np.arange(20, 60, dtype=np.int64)
+    roomy, tight = KvCache(session, capacity=400), KvCache(session, capacity=3)
+    capacities = []
+    for _ in range(10):
+        rooms = run_step(session, ids, roomy)
+        steps = run_step(session, ids, tight)
+        np.testing.assert_array_equal(rooms.logits, steps.logits)
+        capacities.append(tight.capacity)
+    assert capacities == [3 + GROWTH] * 6 + [400] * 4
+    for mine, theirs in zip(roomy.tensors, tight.tensors, strict=True):
+        np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
+    assert (tight.used_bytes, tight.allocated_bytes) == (400 * 16, 400 * 16)
+
+
+def test_tokens_beyond_the_context_are_refused_with_the_numbers(make_bundle: Any) -> None:
+    session = load(make_bundle(prunes=True, context=8).graph)
+    pixels = np.ones((1, 3, 4, 4), dtype=np.float32)
+    cache = KvCache(session)
+    run_step(session, np.array([3, 2, 2, 2, 2, 40]), cache, pixels)
+    with pytest.raises(RequestError, match=r"3 tokens behind position 6 .* takes 8 in all"):
+        run_step(session, np.array([3, 4, 5]), cache)
+    with pytest.raises(RequestError, match=r"9 tokens do not fit .* takes 8 in all"):
+        KvCache(session, capacity=9)
+    assert (cache.tokens, cache.position) == (4, 6)
 
 
 def test_position_counts_the_dropped_tokens(make_bundle: Any) -> None:
     session = load(make_bundle(prunes=True).graph)
     ids = np.array([3, 2, 2, 2, 2, 40], dtype=np.int64)
     pixels = np.ones((1, 3, 4, 4), dtype=np.float32)
-    step = run_step(session, ids, KvCache.empty(session), pixels)
+    cache = KvCache(session)
+    step = run_step(session, ids, cache, pixels)
     assert step.kept.tolist() == [0, 1, 3, 5]
-    assert (step.cache.tokens, step.cache.position) == (4, 6)
+    assert (cache.tokens, cache.position) == (4, 6)
 
 
 def _first_answers(bundle: Any) -> tuple[list[int], list[int]]:
@@ -139,7 +210,7 @@ def test_run_that_onnxruntime_refuses_names_file_and_tokens(bundle: Any) -> None
     session = load(bundle.graph)
     wrong = np.zeros((1, 3, 9, 9), dtype=np.float32)
     with pytest.raises(BundleError, match=r"model\.onnx' failed in ONNX Runtime on 2 tokens"):
-        run_step(session, np.array([3, 2]), KvCache.empty(session), wrong)
+        run_step(session, np.array([3, 2]), KvCache(session), wrong)
 
 
 def test_greedy_takes_the_lowest_of_equal_logits_and_refuses_nan() -> None:

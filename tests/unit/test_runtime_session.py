@@ -116,11 +116,23 @@ def test_corrupted_graph(bundle: Any) -> None:
         load(bundle.graph)
 
 
+def test_graph_from_before_the_cache_in_place_is_to_be_exported_again(bundle: Any) -> None:
+    model = onnx.load(str(bundle.graph))
+    inputs = [value for value in model.graph.input if value.name != "past_length"]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    _replace_graph(bundle, model.SerializeToString())
+    with pytest.raises(BundleError, match=r"no optional input past_length.* Export .* again"):
+        load(bundle.graph)
+
+
 def test_graph_with_other_names_is_refused(bundle: Any) -> None:
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
     result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
     node = helper.make_node("Identity", ["x"], ["y"])
-    graph = helper.make_graph([node], "other", [value], [result])
+    length = helper.make_tensor_value_info("past_length", TensorProto.INT64, [])
+    default = helper.make_tensor("past_length", TensorProto.INT64, [], [-1])
+    graph = helper.make_graph([node], "other", [value, length], [result], [default])
     opsets = [helper.make_opsetid("", 21)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     _replace_graph(bundle, model.SerializeToString())

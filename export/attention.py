@@ -1,0 +1,153 @@
+"""Modules that stand in for a decoder layer's attention and norms while it is traced.
+
+They compute what the modules of `transformers` compute, in ONNX Runtime's operators
+(decoder_ops.py). `validate` compares the exported graph with the modules that they replace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bivlm_edge.errors import UnsupportedModelError
+
+_STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotations of the tokens of one run, shared by all layers.
+
+    They are computed for the positions of the run: a table of all positions would put up to 6 %
+    more bytes into the file (Qwen2.5-VL-3B: 128,000 positions). RotaryEmbedding is a node of its
+    own because GroupQueryAttention with do_rotary reads only the first position of a prompt and
+    counts on from there (ONNX Runtime 1.27 to 1.31): tokens that pruning kept would move together.
+
+    Attributes:
+        rows: int64 ``(B, S)``: each token's row of `cos` and `sin`.
+        cos: ``(B * S, head_dim / 2)`` in the type of the activations.
+        sin: Likewise.
+    """
+
+    rows: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary(module: Any, positions: Tensor, rows: Tensor, dtype: torch.dtype) -> Rotary:
+    """Return the rotations of tokens at `positions`, as a decoder's `rotary_emb` makes them.
+
+    Args:
+        module: The decoder's `rotary_emb`.
+        positions: int64 ``(B, S)``, or ``(3, B, S)`` where sections of the frequencies follow
+            time, rows and columns (M-RoPE).
+        rows: int64 ``(B, S)``: 0 .. B * S - 1.
+        dtype: Type of the result; the angles are float32.
+    """
+    sections = getattr(module, "mrope_section", None)
+    frequencies = module.inv_freq.float()[None]
+    if sections is None:
+        angles = positions.reshape(-1, 1).float() * frequencies
+    else:
+        angles = torch.cat(
+            [
+                positions[index % 3].reshape(-1, 1).float() * section
+                for index, section in enumerate(frequencies.split(sections, dim=1))
+            ],
+            dim=1,
+        )
+    cos, sin = angles.cos(), angles.sin()
+    if module.attention_scaling != 1:
+        cos, sin = cos * module.attention_scaling, sin * module.attention_scaling
+    return Rotary(rows, cos.to(dtype), sin.to(dtype))
+
+
+def check_rotary(module: Any, head_dim: int) -> None:
+    """Refuse rotations that depend on more than a token's position.
+
+    Raises:
+        UnsupportedModelError: The frequencies follow the length of the prompt, or turn only a part
+            of each head.
+    """
+    if module.rope_type not in _STATIC_ROTARY:
+        raise UnsupportedModelError(
+            f"the decoder's rotary embedding is of the type '{module.rope_type}', whose "
+            "frequencies follow the length of the prompt. "
+            f"Supported: {', '.join(_STATIC_ROTARY)} (rope_parameters in config.json)."
+        )
+    if 2 * module.inv_freq.shape[0] != head_dim:
+        raise UnsupportedModelError(
+            f"the decoder's rotary embedding turns {2 * module.inv_freq.shape[0]} of the "
+            f"{head_dim} channels of a head; only all of them are supported."
+        )
+
+
+class GroupedAttention(nn.Module):
+    """Causal self-attention of grouped heads behind a KV cache."""
+
+    def __init__(self, attention: Any) -> None:
+        """Take over the projections of a Llama, Mistral, Qwen2 or Qwen2.5-VL attention."""
+        super().__init__()
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        self.num_heads = int(attention.config.num_attention_heads)
+        self.scale = float(attention.scaling)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Rotary,
+        past: tuple[Tensor, Tensor],
+        last_index: Tensor,
+        total_length: Tensor,
+        *,
+        last_only: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output ``(B, S, hidden)`` and the present keys and values.
+
+        Args:
+            hidden: ``(B, S, hidden)``.
+            rotation: Of these tokens.
+            past: Keys and values, each ``(B, kv_heads, P, head_dim)``.
+            last_index: As in `decoder_ops.group_query_attention`.
+            total_length: Likewise.
+            last_only: Return the output of the last token alone, ``(B, 1, hidden)``.
+        """
+        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        query, key = (
+            torch.ops.bivlm.rotary_embedding(states, rotation.rows, rotation.cos, rotation.sin)
+            for states in (query, key)
+        )
+        output, present_key, present_value = torch.ops.bivlm.group_query_attention(
+            query, key, value, *past, last_index, total_length, self.num_heads, self.scale
+        )
+        if last_only:
+            output = output[:, -1:]
+        return self.o_proj(output), present_key, present_value
+
+
+class ResidualNorm(nn.Module):
+    """Root mean square norm that adds the last layer's output to the residual first."""
+
+    def __init__(self, norm: Any) -> None:
+        """Take over the weight of a `LlamaRMSNorm` or its like."""
+        super().__init__()
+        self.weight = norm.weight
+        self.epsilon = float(norm.variance_epsilon)
+
+    def forward(self, update: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the norm of update + residual and the sum itself, each ``(B, S, hidden)``.
+
+        Without an update the residual is normed: as the sum of itself with itself, which is exact
+        with four times the epsilon, and one node in every opset.
+        """
+        if update is None:
+            normed, _ = torch.ops.bivlm.skip_rms_norm(
+                residual, residual, self.weight, 4 * self.epsilon
+            )
+            return normed, residual
+        normed, total = torch.ops.bivlm.skip_rms_norm(update, residual, self.weight, self.epsilon)
+        return normed, total

@@ -1,0 +1,241 @@
+"""ONNX Runtime's decoder operators as torch custom ops, and how `torch.onnx.export` writes them.
+
+As in torch_ops.py the eager forms are slow and exact. Why these and not the standard operators:
+GroupQueryAttention writes keys and values into the cache in place, and the operators exist for
+every opset that we write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnxscript
+import torch
+from onnx import defs, helper
+from torch import Tensor
+
+from bivlm_edge.export.schemas import MICROSOFT_DOMAIN
+
+_com_microsoft = onnxscript.values.Opset(MICROSOFT_DOMAIN, 1)
+_FLOATS = ["tensor(float)", "tensor(float16)"]
+
+
+@torch.library.custom_op("bivlm::rotary_embedding", mutates_args=())
+def rotary_embedding(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """com.microsoft.RotaryEmbedding, halves rotated: x ``(B, S, heads * head_dim)``.
+
+    Args:
+        x: Queries or keys.
+        rows: int64 ``(B, S)``: each token's row of `cos` and `sin`.
+        cos: ``(R, head_dim / 2)`` in the type of x.
+        sin: Likewise.
+    """
+    half = cos.shape[1]
+    heads = x.reshape(*x.shape[:2], -1, 2, half)
+    c, s = cos[rows][:, :, None], sin[rows][:, :, None]
+    first, second = heads[..., 0, :], heads[..., 1, :]
+    return torch.stack((first * c - second * s, second * c + first * s), -2).reshape(x.shape)
+
+
+@rotary_embedding.register_fake
+def _(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("bivlm::group_query_attention", mutates_args=())
+def group_query_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    last_index: Tensor,
+    total_length: Tensor,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """com.microsoft.GroupQueryAttention without rotary: causal attention behind a KV cache.
+
+    Args:
+        query: ``(B, S, num_heads * head_dim)``.
+        key: ``(B, S, kv_heads * head_dim)``.
+        value: Likewise.
+        past_key: ``(B, kv_heads, P, head_dim)``; the first last_index + 1 - S positions count.
+        past_value: Likewise.
+        last_index: int32 ``(B,)``: index of the last token in the cache after this run.
+        total_length: int32, one element: tokens in the cache after this run.
+        num_heads: Query heads.
+        scale: Factor on the scores.
+
+    Returns:
+        Output ``(B, S, num_heads * head_dim)``, and keys and values
+        ``(B, kv_heads, max(P, total_length), head_dim)``.
+    """
+    batch, new = query.shape[:2]
+    kv_heads, capacity, width = past_key.shape[1:]
+    shape = (batch, kv_heads, max(capacity, int(total_length)), width)
+    present_key, present_value = past_key.new_zeros(shape), past_value.new_zeros(shape)
+    present_key[:, :, :capacity], present_value[:, :, :capacity] = past_key, past_value
+    output = torch.empty_like(query)
+    for row in range(batch):
+        total = int(last_index[row]) + 1
+        past = total - new
+        for present, states in ((present_key, key), (present_value, value)):
+            present[row, :, past:total] = states[row].reshape(new, kv_heads, width).transpose(0, 1)
+        mask = torch.arange(total)[None] <= torch.arange(past, total)[:, None]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            query[row].reshape(new, num_heads, width).transpose(0, 1).float()[None],
+            present_key[row, :, :total].float()[None],
+            present_value[row, :, :total].float()[None],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        output[row] = attended[0].transpose(0, 1).reshape(new, -1).to(query.dtype)
+    return output, present_key, present_value
+
+
+@group_query_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,  # noqa: ARG001 - the signature of the op
+    value: Tensor,  # noqa: ARG001
+    past_key: Tensor,
+    past_value: Tensor,
+    last_index: Tensor,  # noqa: ARG001
+    total_length: Tensor,  # noqa: ARG001
+    num_heads: int,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    # the length that a filled cache leads to; `join_parts` names the axis of the outputs anew
+    batch, kv_heads, filled, width = past_key.shape
+    shape = (batch, kv_heads, filled + query.shape[1], width)
+    return torch.empty_like(query), past_key.new_empty(shape), past_value.new_empty(shape)
+
+
+@torch.library.custom_op("bivlm::skip_rms_norm", mutates_args=())
+def skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """com.microsoft.SkipSimplifiedLayerNormalization: RMS norm of x + skip, and x + skip."""
+    total = (x.float() + skip.float()).to(x.dtype)
+    wide = total.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (wide * scale * weight.float()).to(x.dtype), total
+
+
+@skip_rms_norm.register_fake
+def _(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,  # noqa: ARG001 - the signature of the op
+    epsilon: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(skip)
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """Return the part of `torch_ops.translation_table` that these ops are."""
+    for schema in (_rotary_schema(), _attention_schema(), _norm_schema()):
+        if not defs.has(schema.name, schema.domain):
+            defs.register_schema(schema)
+
+    def to_rotary_embedding(x: Any, rows: Any, cos: Any, sin: Any) -> Any:
+        return _com_microsoft.RotaryEmbedding(x, rows, cos, sin)
+
+    def to_group_query_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        past_key: Any,
+        past_value: Any,
+        last_index: Any,
+        total_length: Any,
+        num_heads: int,
+        scale: float,
+    ) -> Any:
+        return _com_microsoft.GroupQueryAttention(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            last_index,
+            total_length,
+            num_heads=num_heads,
+            kv_num_heads=int(past_key.shape[1]),
+            scale=scale,
+        )
+
+    def to_skip_rms_norm(x: Any, skip: Any, weight: Any, epsilon: float) -> Any:
+        outputs = _com_microsoft.SkipSimplifiedLayerNormalization(x, skip, weight, epsilon=epsilon)
+        return outputs[0], outputs[3]
+
+    return {
+        torch.ops.bivlm.rotary_embedding.default: to_rotary_embedding,
+        torch.ops.bivlm.group_query_attention.default: to_group_query_attention,
+        torch.ops.bivlm.skip_rms_norm.default: to_skip_rms_norm,
+    }
+
+
+def _schema(
+    name: str,
+    doc: str,
+    inputs: dict[str, str],
+    outputs: dict[str, str],
+    attributes: dict[str, int | float],
+) -> defs.OpSchema:
+    """Return the schema of the part of an operator that we emit; names -> types, defaults."""
+    parameter, attribute = defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
+    return defs.OpSchema(
+        name,
+        MICROSOFT_DOMAIN,
+        1,
+        doc=doc,
+        inputs=[parameter(key, kind) for key, kind in inputs.items()],
+        outputs=[parameter(key, kind) for key, kind in outputs.items()],
+        type_constraints=[("T", _FLOATS, "float32 or float16")],
+        attributes=[
+            attribute(key, helper.make_attribute(key, value)) for key, value in attributes.items()
+        ],
+    )
+
+
+def _rotary_schema() -> defs.OpSchema:
+    return _schema(
+        "RotaryEmbedding",
+        "Rotates the halves of every head by the angles of the token's row.",
+        {"input": "T", "position_ids": "tensor(int64)", "cos_cache": "T", "sin_cache": "T"},
+        {"output": "T"},
+        {"interleaved": 0},
+    )
+
+
+def _attention_schema() -> defs.OpSchema:
+    tensors = ("query", "key", "value", "past_key", "past_value")
+    return _schema(
+        "GroupQueryAttention",
+        "Causal attention of grouped heads behind a KV cache, in place where past and present are "
+        "one buffer.",
+        {
+            **dict.fromkeys(tensors, "T"),
+            "seqlens_k": "tensor(int32)",
+            "total_sequence_length": "tensor(int32)",
+        },
+        dict.fromkeys(("output", "present_key", "present_value"), "T"),
+        {"num_heads": 1, "kv_num_heads": 1, "scale": 0.0},
+    )
+
+
+def _norm_schema() -> defs.OpSchema:
+    return _schema(
+        "SkipSimplifiedLayerNormalization",
+        "Root mean square norm of input + skip.",
+        dict.fromkeys(("input", "skip", "gamma"), "T"),
+        {
+            "output": "T",
+            "mean": "tensor(float)",
+            "inv_std_var": "tensor(float)",
+            "input_skip_bias_sum": "T",
+        },
+        {"epsilon": 1e-5},
+    )

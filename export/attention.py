@@ -1,7 +1,7 @@
-"""Modules that stand in for a decoder layer's attention and norms while it is traced.
+"""Modules that stand in for attention and the decoder's norms while a model is traced.
 
 They compute what the modules of `transformers` compute, in ONNX Runtime's operators
-(decoder_ops.py). `validate` compares the exported graph with the modules that they replace.
+(transformer_ops.py). `validate` compares the exported graph with the modules that they replace.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class GroupedAttention(nn.Module):
             hidden: ``(B, S, hidden)``.
             rotation: Of these tokens.
             past: Keys and values, each ``(B, kv_heads, P, head_dim)``.
-            last_index: As in `decoder_ops.group_query_attention`.
+            last_index: As in `transformer_ops.group_query_attention`.
             total_length: Likewise.
             last_only: Return the output of the last token alone, ``(B, 1, hidden)``.
         """
@@ -127,6 +127,35 @@ class GroupedAttention(nn.Module):
         if last_only:
             output = output[:, -1:]
         return self.o_proj(output), present_key, present_value
+
+
+class FullAttention(nn.Module):
+    """Self-attention of a vision tower: every patch attends to all patches of its picture."""
+
+    def __init__(self, attention: Any) -> None:
+        """Take over the projections of a `CLIPAttention`, `SiglipAttention` or their like."""
+        super().__init__()
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.out_proj = attention.v_proj, attention.out_proj
+        self.num_heads = int(attention.num_heads)
+        self.scale = float(attention.scale)
+
+    @staticmethod
+    def fits(attention: Any) -> bool:
+        """Whether a module has the parts that this one takes over."""
+        parts = ("q_proj", "k_proj", "v_proj", "out_proj", "num_heads", "scale")
+        return all(hasattr(attention, part) for part in parts)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """Return the output ``(images, patches, hidden)``, and no attention weights.
+
+        Masks are ignored: the supported towers mask nothing in a picture that fills its frame.
+        """
+        query, key, value = (
+            project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        output = torch.ops.bivlm.multi_head_attention(query, key, value, self.num_heads, self.scale)
+        return self.out_proj(output), None
 
 
 class ResidualNorm(nn.Module):

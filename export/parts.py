@@ -137,7 +137,7 @@ def installed(
     floats = {
         tensor: tensor.data for tensor in module.parameters() if tensor.dtype == torch.float32
     }
-    replaced = _replace_decoder_modules(vlm)
+    replaced = _replace_modules(vlm)
     try:
         for tensor, data in floats.items():
             tensor.data = data.to(dtype)
@@ -151,7 +151,7 @@ def installed(
             module.set_submodule(name, linear)
 
 
-def _replace_decoder_modules(vlm: VisionLanguageModel) -> list[tuple[nn.Module, str, nn.Module]]:
+def _replace_modules(vlm: VisionLanguageModel) -> list[tuple[nn.Module, str, nn.Module]]:
     """Put the modules of attention.py in; return (owner, name, original) of each replaced one.
 
     Raises:
@@ -167,6 +167,11 @@ def _replace_decoder_modules(vlm: VisionLanguageModel) -> list[tuple[nn.Module, 
             for name in ("input_layernorm", "post_attention_layernorm")
         ]
     new.append((decoder, "norm", attention.ResidualNorm(decoder.norm)))
+    towers = (layers for part, layers in vlm.family.blocks(vlm.module) if part == "vision")
+    for layer in (layer for layers in towers for layer in layers):
+        module: Any = getattr(layer, "self_attn", None)
+        if attention.FullAttention.fits(module):
+            new.append((layer, "self_attn", attention.FullAttention(module)))
     replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
     for owner, name, module in new:
         setattr(owner, name, module)

@@ -13,7 +13,7 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.export import decoder_ops, schemas
+from bivlm_edge.export import schemas, transformer_ops
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.quant.weights import GroupWeight
 
@@ -142,7 +142,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     return {
         torch.ops.bivlm.binary_matmul.default: to_binary_matmul,
         torch.ops.bivlm.matmul_nbits.default: to_matmul_nbits,
-        **decoder_ops.translation_table(),
+        **transformer_ops.translation_table(),
     }
 
 

@@ -15,9 +15,10 @@ from onnx import TensorProto, helper
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.siglip import modeling_siglip
 
 from bivlm_edge.errors import UnsupportedModelError
-from bivlm_edge.export import attention, decoder_ops
+from bivlm_edge.export import attention, transformer_ops
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 # float32 sums of up to 20 terms in another order; float16 rounds inputs and outputs to 11 bits
@@ -68,7 +69,7 @@ def test_rotary_embedding_turns_tokens_by_their_own_rows(batch: int, dtype: type
         "cos": np.cos(angles).astype(dtype),
         "sin": np.sin(angles).astype(dtype),
     }
-    expected = decoder_ops.rotary_embedding(*_tensors(inputs)).numpy()
+    expected = transformer_ops.rotary_embedding(*_tensors(inputs)).numpy()
     found = _session("RotaryEmbedding", inputs, 1).run(None, inputs)[0]
     np.testing.assert_allclose(found, expected, **TOLERANCE[dtype])
 
@@ -104,7 +105,7 @@ def test_attention_in_place_and_anew_is_that_of_the_formula(
     batch: int, new: int, past: int, in_place: bool, dtype: type[Any]
 ) -> None:
     inputs = _attention_inputs(batch, new, past, 20 if in_place else past, dtype)
-    output, key, value = decoder_ops.group_query_attention(*_tensors(inputs), HEADS, 0.25)
+    output, key, value = transformer_ops.group_query_attention(*_tensors(inputs), HEADS, 0.25)
     session = _session(
         "GroupQueryAttention", inputs, 3, num_heads=HEADS, kv_num_heads=KV_HEADS, scale=0.25
     )
@@ -129,11 +130,35 @@ def test_attention_in_place_and_anew_is_that_of_the_formula(
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_full_attention_is_that_of_the_formula(dtype: type[Any]) -> None:
+    rng = np.random.default_rng(0)
+    shape = (2, 20, HEADS * WIDTH)
+    inputs = {name: rng.normal(size=shape).astype(dtype) for name in ("query", "key", "value")}
+    expected = transformer_ops.multi_head_attention(*_tensors(inputs), HEADS, 0.2).numpy()
+    session = _session("MultiHeadAttention", inputs, 1, num_heads=HEADS, scale=0.2)
+    np.testing.assert_allclose(session.run(None, inputs)[0], expected, **TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def test_vision_module_computes_what_transformers_computes() -> None:
+    torch.manual_seed(0)
+    config = transformers.SiglipVisionConfig(
+        hidden_size=96, num_attention_heads=HEADS, attn_implementation="sdpa"
+    )
+    theirs = modeling_siglip.SiglipAttention(config).eval()
+    assert attention.FullAttention.fits(theirs)
+    assert not attention.FullAttention.fits(None)
+    hidden = torch.randn(2, 9, 96)
+    found, _ = attention.FullAttention(theirs)(hidden, attention_mask=None)
+    torch.testing.assert_close(found, theirs(hidden)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_skip_norm_adds_first_and_returns_the_sum(dtype: type[Any]) -> None:
     rng = np.random.default_rng(0)
     inputs = {name: rng.normal(size=(2, 3, 64)).astype(dtype) for name in ("x", "skip")}
     inputs["weight"] = rng.normal(size=64).astype(dtype)
-    expected = decoder_ops.skip_rms_norm(*_tensors(inputs), 1e-3)
+    expected = transformer_ops.skip_rms_norm(*_tensors(inputs), 1e-3)
     session = _session("SkipSimplifiedLayerNormalization", inputs, 4, epsilon=1e-3)
     for found, wanted in zip(session.run(None, inputs), expected, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), **TOLERANCE[dtype])

@@ -1,4 +1,4 @@
-"""ONNX Runtime's decoder operators as torch custom ops, and how `torch.onnx.export` writes them.
+"""Transformer operators of ONNX Runtime as torch custom ops, and how they are exported.
 
 As in torch_ops.py the eager forms are slow and exact. Why these and not the standard operators:
 GroupQueryAttention writes keys and values into the cache in place, and the operators exist for
@@ -114,6 +114,30 @@ def _(
     return torch.empty_like(query), past_key.new_empty(shape), past_value.new_empty(shape)
 
 
+@torch.library.custom_op("bivlm::multi_head_attention", mutates_args=())
+def multi_head_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float
+) -> Tensor:
+    """com.microsoft.MultiHeadAttention: every token attends to all, ``(B, S, heads * width)``."""
+    q, k, v = (
+        states.float().reshape(*states.shape[:2], num_heads, -1).transpose(1, 2)
+        for states in (query, key, value)
+    )
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    return attended.transpose(1, 2).flatten(2).to(query.dtype)
+
+
+@multi_head_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,  # noqa: ARG001 - the signature of the op
+    value: Tensor,  # noqa: ARG001
+    num_heads: int,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+) -> Tensor:
+    return torch.empty_like(query)
+
+
 @torch.library.custom_op("bivlm::skip_rms_norm", mutates_args=())
 def skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """com.microsoft.SkipSimplifiedLayerNormalization: RMS norm of x + skip, and x + skip."""
@@ -135,7 +159,12 @@ def _(
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """Return the part of `torch_ops.translation_table` that these ops are."""
-    for schema in (_rotary_schema(), _attention_schema(), _norm_schema()):
+    for schema in (
+        _rotary_schema(),
+        _grouped_attention_schema(),
+        _full_attention_schema(),
+        _norm_schema(),
+    ):
         if not defs.has(schema.name, schema.domain):
             defs.register_schema(schema)
 
@@ -166,6 +195,13 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
             scale=scale,
         )
 
+    def to_multi_head_attention(
+        query: Any, key: Any, value: Any, num_heads: int, scale: float
+    ) -> Any:
+        return _com_microsoft.MultiHeadAttention(
+            query, key, value, num_heads=num_heads, scale=scale
+        )
+
     def to_skip_rms_norm(x: Any, skip: Any, weight: Any, epsilon: float) -> Any:
         outputs = _com_microsoft.SkipSimplifiedLayerNormalization(x, skip, weight, epsilon=epsilon)
         return outputs[0], outputs[3]
@@ -173,6 +209,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     return {
         torch.ops.bivlm.rotary_embedding.default: to_rotary_embedding,
         torch.ops.bivlm.group_query_attention.default: to_group_query_attention,
+        torch.ops.bivlm.multi_head_attention.default: to_multi_head_attention,
         torch.ops.bivlm.skip_rms_norm.default: to_skip_rms_norm,
     }
 
@@ -210,7 +247,7 @@ def _rotary_schema() -> defs.OpSchema:
     )
 
 
-def _attention_schema() -> defs.OpSchema:
+def _grouped_attention_schema() -> defs.OpSchema:
     tensors = ("query", "key", "value", "past_key", "past_value")
     return _schema(
         "GroupQueryAttention",
@@ -223,6 +260,16 @@ def _attention_schema() -> defs.OpSchema:
         },
         dict.fromkeys(("output", "present_key", "present_value"), "T"),
         {"num_heads": 1, "kv_num_heads": 1, "scale": 0.0},
+    )
+
+
+def _full_attention_schema() -> defs.OpSchema:
+    return _schema(
+        "MultiHeadAttention",
+        "Attention of every token to all, without a mask.",
+        dict.fromkeys(("query", "key", "value"), "T"),
+        {"output": "T"},
+        {"num_heads": 1, "scale": 0.0},
     )
 
 

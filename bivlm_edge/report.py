@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 _MIB = 1 << 20
+_DECODE_TOKENS = 8  # up to so many, a product is bound by reading the weights
 
 
 def to_json(values: Mapping[str, Any]) -> str:
@@ -68,8 +69,9 @@ def benchmark_tables(result: Mapping[str, Any]) -> list[Table]:
         ["time"],
         labels,
     )
+    automatic = f"automatic ({machine['physical_cores']})"
     times.add_row("operators", *(model["operators"] for model in models))
-    times.add_row("threads", *(str(model["threads"] or "automatic") for model in models))
+    times.add_row("threads", *(str(model["threads"] or automatic) for model in models))
     times.add_row(
         "prompt tokens, kept", *(f"{m['prompt_tokens']}, {m['kept_tokens']}" for m in models)
     )
@@ -96,6 +98,79 @@ def benchmark_tables(result: Mapping[str, Any]) -> list[Table]:
             ratios.add_row(row["label"], *(_spread(row[name]) + "x" for name in names))
         tables.append(ratios)
     return tables
+
+
+def kernel_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Single operators, one table for each shape; keys as in the JSON of bivlm-bench --kernels."""
+    machine = result["machine"]
+    head = (
+        f"{machine['cpu']} ({' '.join(machine['cpu_flags'])}); onnxruntime "
+        f"{result['onnxruntime']}, kernel {result['kernel']}, threads {result['threads']}; "
+        f"{result['warmups']} warm-ups, {result['repeats']} repeats: median (quartiles)"
+    )
+    by_shape: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for entry in result["measurements"]:
+        by_shape.setdefault((entry["n"], entry["k"]), []).append(entry)
+    tables = []
+    for (n, k), entries in by_shape.items():
+        first = entries[0]["operators"][0]["label"]
+        table = _new_table(
+            f"N = {n}, K = {k}; {head}",
+            ["tokens", "operator"],
+            ["us", "GB/s", "GFLOP/s", f"times {first}", "copies", "copied"],
+        )
+        for entry in entries:
+            _add_kernel_rows(table, entry)
+        tables.append(table)
+    return tables
+
+
+def _add_kernel_rows(table: Table, entry: Mapping[str, Any]) -> None:
+    where = f"{entry['m']} {'cold' if entry['cold'] else 'hot'}"
+    for row in entry["operators"]:
+        copied = row["anonymous_bytes"]
+        weights = row["weight_bytes"] * row["copies"]
+        table.add_row(
+            where,
+            row["label"],
+            _spread(row["us"], ".1f"),
+            f"{row['gbs']:.1f}",
+            f"{row['gflops']:.0f}" if entry["m"] > _DECODE_TOKENS else "-",
+            _spread(row["ratio"]) + "x",
+            str(row["copies"]),
+            f"{copied / weights:.2f}x" if entry["cold"] and copied is not None else "-",
+        )
+    for pages, speed in entry["reads"].items():
+        label = "plain read" if pages == "mapped" else "plain read, 2 MiB pages"
+        table.add_row(where, label, "", _spread(speed, ".1f"))
+    table.add_section()
+
+
+def profile_tables(models: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Operators of a prefill and of a decode step; keys as in the JSON of bivlm-bench."""
+    tables = []
+    for model in models:
+        profile = model["profile"]
+        for stage, title in (("prefill", "prefill"), ("decode", "one decode step")):
+            found = profile[stage]
+            table = _new_table(
+                f"{model['label']}: {title}, {found['tokens']} tokens on top of "
+                f"{found['cached']} cached; median of {found['runs']} profiled runs",
+                ["operator"],
+                ["nodes", "us", "share"],
+            )
+            for row in found["operators"]:
+                table.add_row(row["op"], str(row["count"]), *_part(row["us"], found["nodes_us"]))
+            table.add_section()
+            for key, name in (("matmul_us", "matrix products"), ("other_us", "all others")):
+                table.add_row(name, "", *_part(found[key], found["nodes_us"]))
+            table.add_row("all nodes", "", *_part(found["nodes_us"], found["nodes_us"]))
+            tables.append(table)
+    return tables
+
+
+def _part(value: float, whole: float) -> tuple[str, str]:
+    return f"{value:,.0f}", f"{value / whole:.1%}" if whole else "-"
 
 
 def _memory_table(models: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Table:

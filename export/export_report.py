@@ -22,11 +22,11 @@ class Account:
     """Bytes of the graph's tensors, counted before they are written.
 
     Attributes:
-        operators: Operators with constant weights.
+        layers: Layers with constant weights.
         tables: What else there is -> bytes.
     """
 
-    operators: list[sizes.OperatorSize]
+    layers: list[sizes.LayerSize]
     tables: dict[str, int]
 
 
@@ -54,16 +54,17 @@ def build_report(
         ValidationError: A quantized layer is not in the graph.
     """
     described = {report.name: report for report in quantized.reports}
-    lost = set(described) - {size.name for size in account.operators}
+    lost = set(described) - {size.name for size in account.layers}
     if lost:
         raise ValidationError(
             f"{len(lost)} quantized layers do not appear in the graph, the first is "
             f"{min(lost)}. No file was written; please report this model."
         )
     layers = []
-    for size in account.operators:
+    for size in account.layers:
         entry: dict[str, Any] = {
             "name": size.name,
+            "node": size.node,
             "op": size.op,
             "n": size.n,
             "k": size.k,
@@ -83,8 +84,8 @@ def build_report(
                 entry["true_bits"] = round(layer.true_bits, 4)
                 entry["op"] = "MatMul (dense stand-in)"
         layers.append(entry)
-    binary = [size for size in account.operators if size.op == "BinaryMatMul"]
-    linear = [size for size in account.operators if size.name in described]
+    binary = [size for size in account.layers if size.op == "BinaryMatMul"]
+    linear = [size for size in account.layers if size.name in described]
     is_stand_in = any(size.op == "MatMul" for size in linear)
     file_bytes = {
         "graph": staged.graph.stat().st_size,

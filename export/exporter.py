@@ -26,6 +26,7 @@ from bivlm_edge.datasets import VqaItem
 from bivlm_edge.errors import OutputError, RequestError
 from bivlm_edge.export import assets, data_file, functions, parts, schemas, sizes
 from bivlm_edge.export.export_report import Account, build_report, count_parameters
+from bivlm_edge.export.fuse import fuse_shared_inputs
 from bivlm_edge.export.graph import GraphOptions, join_parts
 from bivlm_edge.export.validate import Sample, validate, ways_to_run
 from bivlm_edge.models import VisionLanguageModel
@@ -144,7 +145,7 @@ def write_bundle(
     tell("tracing", 0, 2)
     model = _build_graph(vlm, table, dtype, config)
     functions.attach(model, config.fallback)
-    account = Account(sizes.operator_sizes(model), sizes.table_sizes(model))
+    account = Account(sizes.layer_sizes(model), sizes.table_sizes(model))
     tell("writing", 1, 2)
     data_file.save(model, staged.graph, staged.data.name)
     staged.assets.mkdir()
@@ -269,7 +270,9 @@ def _build_graph(
         prune=config.prune,
         position_axes=1 if vlm.image_grid is None else 3,
     )
-    return join_parts(vision, decoder, table, options)
+    model = join_parts(vision, decoder, table, options)
+    fuse_shared_inputs(model)
+    return model
 
 
 @contextlib.contextmanager

@@ -1,29 +1,36 @@
-"""Count the bytes of an exported model, by operator and by table."""
+"""Count the bytes of an exported model, by layer and by table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from bivlm_edge.export.fuse import layer_name, layer_rows
+from bivlm_edge.quant.layout import PANEL, padded_rows
+
 _MATMULS = ("BinaryMatMul", "MatMulNBits", "MatMul", "Gemm", "Conv")
 _FIRST_WEIGHT = 1  # input 0 of all of them is the activation
+_STACKED_OF_BINARY = 2  # codes and coefficients; signs and order belong to all rows
 
 
 @dataclass(frozen=True, slots=True)
-class OperatorSize:
-    """Initializer bytes of one operator with a weight.
+class LayerSize:
+    """Initializer bytes of one layer with a weight: an operator, or some rows of a fused one.
 
     Attributes:
         name: Module in the checkpoint, e.g. "model.language_model.layers.0.mlp.up_proj".
+        node: Name of the graph's node, e.g. "model.language_model.layers.0.mlp.gate_proj+up_proj".
         op: Operator type.
         n: Output features.
         k: Input features.
-        bytes: Of all its initializers, each padded as in the file's format.
+        bytes: Of all its initializers, each padded as in the file's format. What all layers of a
+            fused operator use, signs and order, counts with the first.
     """
 
     name: str
+    node: str
     op: str
     n: int
     k: int
@@ -35,8 +42,8 @@ class OperatorSize:
         return 8 * self.bytes / (self.n * self.k)
 
 
-def operator_sizes(model: ir.Model) -> list[OperatorSize]:
-    """Return all operators with constant weights, in order of execution."""
+def layer_sizes(model: ir.Model) -> list[LayerSize]:
+    """Return all layers with constant weights, in order of execution."""
     sizes = []
     for node in model.graph.all_nodes():
         if node.op_type not in _MATMULS:
@@ -49,9 +56,24 @@ def operator_sizes(model: ir.Model) -> list[OperatorSize]:
         if not tensors:
             continue
         n, k = _shape(node, tensors[0])
-        module = str(node.name).rsplit("/", 1)[0]  # graph.join_parts names nodes so
-        sizes.append(OperatorSize(module, node.op_type, n, k, _total_bytes(tensors)))
+        name = layer_name(node)
+        rows = layer_rows(node) or {name: n}
+        shares = _shares(node, tensors, list(rows.values()))
+        for (layer, part), share in zip(rows.items(), shares, strict=True):
+            sizes.append(LayerSize(layer, name, node.op_type, part, k, share))
     return sizes
+
+
+def _shares(node: ir.Node, tensors: Sequence[ir.TensorProtocol], rows: Sequence[int]) -> list[int]:
+    """Divide the bytes of a node over its layers by rows, or by panels of rows."""
+    if len(rows) == 1:
+        return [_total_bytes(tensors)]
+    is_binary = node.op_type == "BinaryMatMul"
+    stacked = tensors[:_STACKED_OF_BINARY] if is_binary else tensors
+    units = [padded_rows(n) // PANEL if is_binary else n for n in rows]
+    shares = [_total_bytes(stacked) * unit // sum(units) for unit in units]
+    shares[0] += _total_bytes(tensors) - _total_bytes(stacked)
+    return shares
 
 
 def table_sizes(model: ir.Model) -> dict[str, int]:
@@ -76,8 +98,8 @@ def table_sizes(model: ir.Model) -> dict[str, int]:
     return groups
 
 
-def true_bits(sizes: Iterable[OperatorSize]) -> float | None:
-    """Return bits per weight over operators, or None where there are none."""
+def true_bits(sizes: Iterable[LayerSize]) -> float | None:
+    """Return bits per weight over layers, or None where there are none."""
     chosen = list(sizes)
     weights = sum(size.n * size.k for size in chosen)
     return 8 * sum(size.bytes for size in chosen) / weights if weights else None

@@ -1,7 +1,7 @@
 """One model in a process of its own, measured on request (the child of benchmark.py).
 
-Reads one JSON object per line: first the job, then {"measure": true} for each repeat, then
-{"finish": true}. Answers each with one JSON object per line.
+Reads one JSON object per line: first the job, then {"measure": true} for each repeat or
+{"profile": true} once, then {"finish": true}. Answers each with one JSON object per line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,15 @@ from numpy.typing import NDArray
 from bivlm_edge.errors import BivlmError, RequestError
 from bivlm_edge.runtime.answer import Answerer
 from bivlm_edge.runtime.generate import run_step
+from bivlm_edge.runtime.idle import wait_until_idle
 from bivlm_edge.runtime.kv_cache import KvCache
+from bivlm_edge.runtime.operator_profile import Stage, operator_profile
 from bivlm_edge.runtime.process_memory import memory_bytes
 from bivlm_edge.runtime.sampling import greedy
-from bivlm_edge.runtime.session import load
+from bivlm_edge.runtime.session import VlmSession, load
+
+_PROFILED_PREFILLS = 5
+_PROFILED_DECODES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,9 @@ class Job:
         new_tokens: Tokens to decode per repeat, the first one included; end tokens are ignored.
         threads: Threads of one operator; None: ONNX Runtime's choice.
         custom_ops: Whether to use the operator library.
+        context: Tokens in the KV cache when decoding starts; None: those of the prompt.
+        profile_folder: Record the time of every node, in a file there; None: do not. Recording
+            slows the runs.
     """
 
     model: str
@@ -43,6 +52,8 @@ class Job:
     new_tokens: int
     threads: int | None
     custom_ops: bool
+    context: int | None = None
+    profile_folder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +88,13 @@ class Worker:
         """
         before = memory_bytes()
         start = time.perf_counter()
-        session = load(job.model, custom_ops=job.custom_ops, threads=job.threads)
+        folder = job.profile_folder
+        session = load(
+            job.model,
+            custom_ops=job.custom_ops,
+            threads=job.threads,
+            profile_prefix=None if folder is None else Path(folder) / "nodes",
+        )
         load_ms = _ms_since(start)
         self.job = job
         self.answerer = Answerer(session)
@@ -89,6 +106,8 @@ class Worker:
                 f"'{job.model}' takes {context:,} tokens; the prompt has {tokens:,} and "
                 f"--new-tokens is {job.new_tokens:,}. Lower one of them."
             )
+        if job.context is not None:
+            self._check_context(job.context, job.context)
         paths = session.paths
         self.facts = {
             "load_ms": load_ms,
@@ -108,10 +127,11 @@ class Worker:
         token_ids, pixels = self._inputs()
         preprocess_ms = _ms_since(start)
         run_start = time.perf_counter()
-        cache = KvCache(session, len(token_ids) + self.job.new_tokens)
+        cache = self._new_cache(len(token_ids))
         step = run_step(session, token_ids, cache, pixels)
         token = greedy(step.logits)
         first_run_ms, ttft_ms = _ms_since(run_start), _ms_since(start)
+        self._fill(cache)
         decode_ms = self._decode(cache, token)
         kept = len(step.kept)
         self.facts["kept_tokens"] = kept
@@ -119,13 +139,74 @@ class Worker:
         self.facts["kv_cache_allocated_bytes"] = cache.allocated_bytes
         prefill_ms = first_run_ms
         if pixels is not None:
-            # The placeholder needs pixels; any other token costs the decoder the same.
-            filler = np.full(kept, _other_token(session.manifest.image_token_id), dtype=np.int64)
+            filler = _filler(session, kept)
             start = time.perf_counter()
             run_step(session, filler, KvCache(session))
             prefill_ms = _ms_since(start)
         vision_ms = first_run_ms - prefill_ms
         return Sample(ttft_ms, preprocess_ms, first_run_ms, prefill_ms, vision_ms, decode_ms)
+
+    def profile(self) -> dict[str, dict[str, Any]]:
+        """Return the time by operator of the first run of the graph and of a decode step.
+
+        Raises:
+            BivlmError: A run fails, or ONNX Runtime recorded too little.
+        """
+        session = self.answerer.session
+        token_ids, pixels = self._inputs()
+        prefills, decodes = [], []
+        run = 0
+        for turn in range(1 + _PROFILED_PREFILLS):  # the first is a warm-up
+            cache = self._new_cache(len(token_ids))
+            token = greedy(run_step(session, token_ids, cache, pixels).logits)
+            prefills += [run] if turn else []
+            run += 1
+        run += self._fill(cache)
+        cached = cache.tokens
+        for turn in range(min(1 + _PROFILED_DECODES, self.job.new_tokens - 1)):
+            following = np.array([token], dtype=np.int64)
+            token = greedy(run_step(session, following, cache).logits)
+            decodes += [run] if turn else []
+            run += 1
+        path = Path(session.ort.end_profiling())
+        events = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+        stages = (
+            Stage("prefill", prefills, len(token_ids), 0),
+            Stage("decode", decodes, 1, cached + 1),
+        )
+        return operator_profile(events, stages)
+
+    def _check_context(self, context: int, tokens: int) -> None:
+        """Refuse `context` cached tokens, of `tokens` that were given, if no answer fits behind."""
+        limit = self.answerer.session.manifest.context_length
+        if tokens + self.job.new_tokens > limit:
+            dropped = f" ({tokens:,} with those that pruning dropped)" if tokens > context else ""
+            raise RequestError(
+                f"'{self.job.model}' takes {limit:,} tokens; --context is {context:,}{dropped} and "
+                f"--new-tokens {self.job.new_tokens:,}. Lower one of them."
+            )
+
+    def _new_cache(self, tokens: int) -> KvCache:
+        """An empty cache with room for a prompt of `tokens`, the filler and the answer."""
+        room = max(tokens, self.job.context or 0) + self.job.new_tokens
+        return KvCache(self.answerer.session, room)
+
+    def _fill(self, cache: KvCache) -> int:
+        """Put as much other text behind the prompt as --context asks for; return the runs made."""
+        context = self.job.context
+        if context is None or context == cache.tokens:
+            return 0
+        if context < cache.tokens:
+            raise RequestError(
+                f"--context {context:,} is less than the {cache.tokens:,} tokens of the prompt "
+                f"that '{self.job.model}' keeps. Give at least that, or a shorter --prompt."
+            )
+        more = context - cache.tokens
+        self._check_context(context, cache.position + more)
+        session = self.answerer.session
+        run_step(session, _filler(session, more), cache)
+        return 1
 
     def _decode(self, cache: KvCache, token: int) -> float:
         start = time.perf_counter()
@@ -147,8 +228,10 @@ def _operators(library: str | None, uses_custom_ops: bool) -> str:
     return "fallback" if library is None else "library"
 
 
-def _other_token(token_id: int) -> int:
-    return token_id - 1 if token_id else 1
+def _filler(session: VlmSession, count: int) -> NDArray[np.int64]:
+    """Tokens of text: the placeholder needs pixels, any other costs the decoder the same."""
+    image = session.manifest.image_token_id
+    return np.full(count, image - 1 if image else 1, dtype=np.int64)
 
 
 def _ms_since(start: float) -> float:
@@ -165,7 +248,11 @@ def serve() -> None:
                 worker = Worker(Job(**request))
                 _reply(worker.facts)
             elif "measure" in request:
-                _reply(asdict(worker.measure()))
+                sample = worker.measure()
+                wait_until_idle()
+                _reply(asdict(sample))
+            elif "profile" in request:
+                _reply(worker.profile())
             else:
                 _reply({**worker.facts, "memory": {**worker.memory, "after_run": memory_bytes()}})
                 return

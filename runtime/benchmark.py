@@ -12,8 +12,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +28,10 @@ from bivlm_edge.runtime.bench_worker import Job
 from bivlm_edge.runtime.session import KERNEL_VARIABLE
 
 _WORKER = "bivlm_edge.runtime.bench_worker"
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
+_CPU_FLAGS = (
+    *("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx_vnni", "gfni"),
+    *("amx_int8", "asimd", "asimddp", "i8mm", "sve2"),
+)
 _TIMES = ("ttft_ms", "preprocess_ms", "first_run_ms", "prefill_ms", "vision_ms", "decode_ms")
 
 
@@ -62,6 +66,8 @@ def benchmark(
             f"--repeats {repeats} --warmups {warmups} cannot be done. Give 1 or more repeats and 0 "
             "or more warm-ups."
         )
+    if any(c.job.context is not None and c.job.context < 1 for c in contenders):
+        raise RequestError("--context must be 1 or more tokens.")
     if any(contender.job.new_tokens < 2 for contender in contenders):
         raise RequestError("--new-tokens must be 2 or more: the first is the prefill's.")
     processes: list[_Process] = []
@@ -100,6 +106,28 @@ def benchmark(
     }
 
 
+def add_profiles(result: dict[str, Any], contenders: Sequence[Contender]) -> None:
+    """Add "profile" to every model of a result: the time by operator, from a run of its own.
+
+    Args:
+        result: What `benchmark` returned for these contenders.
+        contenders: The models.
+
+    Raises:
+        BivlmError: A model does not load or run, or ONNX Runtime recorded too little.
+    """
+    for contender, model in zip(contenders, result["models"], strict=True):
+        with tempfile.TemporaryDirectory(prefix="bivlm-bench-") as folder:
+            job = replace(contender.job, profile_folder=folder)
+            process = _Process(Contender(contender.label, job))
+            try:
+                profile = process.ask({"profile": True})
+            finally:
+                process.close()
+        profile["decode_non_matmul_share"] = profile["decode"]["non_matmul_share"]
+        model["profile"] = profile
+
+
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on: processor, cores, memory, system. No host name."""
     fields: dict[str, str] = {}
@@ -115,6 +143,7 @@ def machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags],
         "cores": _cores(),
+        "physical_cores": physical_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -126,6 +155,18 @@ def _cores() -> int | None:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use; logical ones where the system does not tell."""
+    siblings = set()
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            siblings.add(path.read_text(encoding="ascii"))
+        except OSError:
+            return _cores() or 1
+    return len(siblings) or _cores() or 1
 
 
 def quartiles(values: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
@@ -141,7 +182,7 @@ def _summary(
     series = {name: np.array([sample[name] for sample in samples]) for name in _TIMES}
     return {
         "label": contender.label,
-        **asdict(contender.job),
+        **{key: value for key, value in asdict(contender.job).items() if key != "profile_folder"},
         **facts,
         **{name: quartiles(values) for name, values in series.items()},
         "prefill_tokens_per_s": quartiles(facts["kept_tokens"] * 1e3 / series["prefill_ms"]),

@@ -23,17 +23,20 @@ _BITS_TOLERANCE = 1e-3  # the report may round to three decimals
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One linear layer of the graph.
+    """One linear layer of the checkpoint.
 
     Attributes:
         name: Name in the checkpoint.
+        node: Name of the graph's operator, which may compute several layers that read the same
+            input; None where the report has none.
         op: Operator that computes it.
         n: Output features, from the exporter.
         k: Input features, from the exporter.
         method: Quantizer; None for a layer left in float.
         planes: Columns that each bit plane covers.
         hadamard_block: Size of the input transform, 0 without one.
-        bytes: Of all initializers that belong to it, as the exporter counted them.
+        bytes: Of all initializers that belong to it, as the exporter counted them. What layers of
+            one operator share counts with the first.
         true_bits: bytes * 8 / (n k), computed here.
         reported_bits: The exporter's count. Other than true_bits only for a baseline whose float
             stand-in is in the file: what its method would store.
@@ -41,6 +44,7 @@ class Layer:
     """
 
     name: str
+    node: str | None
     op: str
     n: int
     k: int
@@ -147,6 +151,7 @@ def _layer(row: Mapping[str, Any]) -> Layer:
     n, k, size = int(row["n"]), int(row["k"]), int(row["bytes"])
     return Layer(
         name=str(row["name"]),
+        node=row.get("node"),
         op=str(row["op"]),
         n=n,
         k=k,

@@ -72,6 +72,7 @@ def load(
     custom_ops: bool = True,
     threads: int | None = None,
     arena: bool = True,
+    profile_prefix: Path | None = None,
 ) -> VlmSession:
     """Open an exported model on the CPU.
 
@@ -85,6 +86,8 @@ def load(
         threads: Threads of one operator; None: as many as physical cores.
         arena: Let ONNX Runtime keep freed memory for the next run. Without it memory falls back
             after a long prompt, but a long KV cache is allocated anew for every token.
+        profile_prefix: Record the time of every node; `ort.end_profiling()` then writes them to
+            a file whose name starts so, and returns the name.
 
     Raises:
         BundleError: A file is missing, damaged, of another export, or the graph does not load.
@@ -107,11 +110,14 @@ def load(
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_FATAL
     options.enable_cpu_mem_arena = arena
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
     if threads is not None:
         options.intra_op_num_threads = threads
     library = custom_ops_library() if custom_ops and manifest.uses_custom_ops else None
     if library is not None:
-        _register(options, library)
+        register_library(options, library)
     session = _create(paths, options, library)
     past_names = tuple(
         f"past_key_values.{layer}.{part}"
@@ -137,7 +143,12 @@ def _require_overloads(graph: Path) -> None:
         )
 
 
-def _register(options: ort.SessionOptions, library: str) -> None:
+def register_library(options: ort.SessionOptions, library: str) -> None:
+    """Make the operator library known to a session.
+
+    Raises:
+        OpsLibraryError: This ONNX Runtime does not take it.
+    """
     try:
         options.register_custom_ops_library(library)
     except OrtError as error:

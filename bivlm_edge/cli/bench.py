@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +15,14 @@ from PIL import Image
 from bivlm_edge import report
 from bivlm_edge import synthetic as synthetic_models
 from bivlm_edge.bundle import BundlePaths, read_manifest
+from bivlm_edge.cli.bench_kernels import (
+    DEFAULT_COLD_MB,
+    DEFAULT_SHAPES,
+    DEFAULT_TOKENS,
+    Request,
+    new_request,
+    run_kernels,
+)
 from bivlm_edge.cli.common import (
     DebugOption,
     JsonOption,
@@ -29,9 +37,15 @@ from bivlm_edge.cli.common import (
 )
 from bivlm_edge.errors import DataError, RequestError
 from bivlm_edge.runtime.bench_worker import Job
-from bivlm_edge.runtime.benchmark import Contender, benchmark
+from bivlm_edge.runtime.benchmark import Contender, add_profiles, benchmark
 
 _PICTURE_SIZE = (640, 480)
+_FEWEST_PROFILED_TOKENS = 3
+_OF_KERNELS = ("shape", "tokens", "cold_mb")
+_OF_MODELS = (
+    *("model", "compare", "compare_fallback", "image", "prompt", "new_tokens", "context"),
+    *("profile", "no_custom_ops", "synthetic", "refresh"),
+)
 
 OptionalModelArgument = Annotated[
     str | None, typer.Argument(help="The exported model.onnx.", metavar="[MODEL]")
@@ -55,6 +69,7 @@ app = new_app()
 @app.command()
 @command_errors("bivlm-bench")
 def run(
+    ctx: typer.Context,
     model: OptionalModelArgument = None,
     synthetic: SyntheticOption = None,
     refresh: RefreshOption = False,
@@ -67,8 +82,8 @@ def run(
         typer.Option("--compare-fallback", help="Also measure MODEL without the kernel library."),
     ] = False,
     image: Annotated[
-        str | None,
-        typer.Option("--image", help="A picture. [default: a made-up JPEG of 640 x 480]"),
+        list[str] | None,
+        typer.Option("--image", help="One picture.", show_default="a made-up JPEG of 640 x 480"),
     ] = None,
     prompt: Annotated[
         str, typer.Option("--prompt", help="The question.")
@@ -78,6 +93,49 @@ def run(
     ] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="Measured rounds.")] = 10,
     warmups: Annotated[int, typer.Option("--warmups", help="Rounds before, not counted.")] = 2,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            help="Tokens in the KV cache when decoding starts.",
+            show_default="those of the prompt",
+        ),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="Also the time by operator, in runs of their own behind the others."
+        ),
+    ] = False,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Measure single operators instead of a model."),
+    ] = False,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="NxK",
+            help="--kernels: output x input features; may be repeated.",
+            show_default=", ".join(DEFAULT_SHAPES),
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--tokens",
+            help="--kernels: tokens of a product; may be repeated.",
+            show_default=", ".join(map(str, DEFAULT_TOKENS)),
+        ),
+    ] = None,
+    cold_mb: Annotated[
+        int | None,
+        typer.Option(
+            "--cold-mb",
+            help="--kernels: weights to cycle through, so that they come from memory; 0: only hot.",
+            show_default=str(DEFAULT_COLD_MB),
+        ),
+    ] = None,
     no_custom_ops: NoCustomOpsOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -87,20 +145,40 @@ def run(
 
     Prints tables, then one line of JSON. With --compare the models take turns
     and ratios are taken within each round: a slow moment of the machine hits
-    all alike.
+    all alike. --kernels measures the operators by themselves, against ONNX
+    Runtime's own, with random weights (it needs the package onnx and free
+    memory of about 16 times --cold-mb).
 
     Examples:
       bivlm-bench model.onnx
       bivlm-bench model.onnx --compare fp32.onnx --threads 1 --json
+      bivlm-bench model.onnx --context 512 --profile
       bivlm-bench --synthetic smolvlm-256m
+      bivlm-bench --kernels --shape 4096x4096 --tokens 1 --threads 1
     """
+    if kernels:
+        _refuse(ctx, _OF_MODELS, "is about a model; --kernels measures operators by themselves")
+        _run_kernels(
+            new_request(shape, tokens, threads, cold_mb, warmups, repeats), as_json=as_json
+        )
+        return
+    _refuse(ctx, _OF_KERNELS, "is about --kernels; this run measures a model")
+    if image is not None and len(image) > 1:
+        raise RequestError(
+            f"--image is given {len(image)} times; one picture is measured. Give one of them."
+        )
+    if profile and new_tokens < _FEWEST_PROFILED_TOKENS:
+        raise RequestError(
+            f"--profile needs --new-tokens {_FEWEST_PROFILED_TOKENS} or more: the prefill's, a "
+            "warm-up and one to profile."
+        )
     model, *built = _models(model, synthetic, refresh=refresh)
     compare = [*built, *(compare or [])]
     for path in (model, *compare):
         read_manifest(BundlePaths(Path(path)))
-    with _picture(image) as picture:
+    with _picture(image[0] if image else None) as picture:
         contenders = [
-            Contender(label, Job(path, picture, prompt, new_tokens, threads, custom_ops))
+            Contender(label, Job(path, picture, prompt, new_tokens, threads, custom_ops, context))
             for label, path, custom_ops in _entries(
                 model, compare, compare_fallback, custom_ops=not no_custom_ops
             )
@@ -110,9 +188,30 @@ def run(
             result = benchmark(
                 contenders, repeats=repeats, warmups=warmups, on_progress=on_progress
             )
+        if profile:
+            add_profiles(result, contenders)
     if not as_json:
         show(*report.benchmark_tables(result))
+        if profile:
+            show(*report.profile_tables(result["models"]))
     show_json(result)
+
+
+def _run_kernels(request: Request, *, as_json: bool) -> None:
+    with progress("rounds", request.rounds) as on_round:
+        result = run_kernels(request, on_round)
+    if not as_json:
+        show(*report.kernel_tables(result), *result["notes"])
+    show_json(result)
+
+
+def _refuse(ctx: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse options of the command line that would be ignored."""
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise RequestError(f"{option} {why}. Leave one of the two out.")
 
 
 def _models(model: str | None, synthetic: str | None, *, refresh: bool) -> list[str]:
@@ -121,7 +220,7 @@ def _models(model: str | None, synthetic: str | None, *, refresh: bool) -> list[
         raise RequestError(
             f"{'neither' if model is None else 'both'} MODEL {'nor' if model is None else 'and'} "
             "--synthetic was given. Give exactly one: the path of an exported model.onnx, or "
-            f"--synthetic with one of {', '.join(synthetic_models.NAMES)}."
+            f"--synthetic with one of {', '.join(synthetic_models.NAMES)}; or --kernels alone."
         )
     if synthetic is None:
         if refresh:

@@ -38,7 +38,8 @@ NoCustomOpsOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", help="Threads of one operator. [default: physical cores]")
+    int | None,
+    typer.Option("--threads", help="Threads of one operator.", show_default="physical cores"),
 ]
 
 P = ParamSpec("P")

@@ -45,11 +45,12 @@ def run(
         str, typer.Option("--split", help="Split of easy-vqa: train or test.")
     ] = "test",
     limit: Annotated[
-        int | None, typer.Option("--limit", help="Ask only the first questions. [default: all]")
+        int | None,
+        typer.Option("--limit", help="Ask only the first questions.", show_default="all"),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", help="Longest answer. [default: the model's own]"),
+        typer.Option("--max-new-tokens", help="Longest answer.", show_default="the model's own"),
     ] = None,
     no_custom_ops: NoCustomOpsOption = False,
     threads: ThreadsOption = None,

@@ -34,7 +34,7 @@ def run(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", help="Longest answer. [default: the model's own]"),
+        typer.Option("--max-new-tokens", help="Longest answer.", show_default="the model's own"),
     ] = None,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0 takes the most likely token each time.")
@@ -44,7 +44,7 @@ def run(
     ] = 1.0,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", help="Of the draws. [default: a new one]"),
+        typer.Option("--seed", help="Of the draws.", show_default="a new one"),
     ] = None,
     no_custom_ops: NoCustomOpsOption = False,
     threads: ThreadsOption = None,

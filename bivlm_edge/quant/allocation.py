@@ -1,4 +1,6 @@
-"""Who gets how many planes: plans of one layer, and the division of one budget over all layers.
+"""Who gets how many planes: plans of layers with the same input, one budget over all of them.
+
+Layers with the same input share a plan, so that one operator can compute them all.
 
 The error of a plan is estimated before quantization: per chunk, the compensated energy of its
 columns (`StoredProblem.energy`) times the distortion that a Gaussian keeps at that many planes.
@@ -12,57 +14,56 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from torch import Tensor
 
 from bivlm_edge.quant.levels import GAUSSIAN_DISTORTION
 from bivlm_edge.quant.packed import (
     CHUNK,
+    can_stack,
     packed_bytes,
-    padded_columns,
     plane_classes,
 )
-from bivlm_edge.quant.transform import StoredProblem, Variant, transform_problem
+from bivlm_edge.quant.transform import (
+    CalibratedLayer,
+    StoredProblem,
+    Variant,
+    transform_problems,
+)
 
 VARIANTS = (Variant(64, "chunks"), Variant(128, "chunks"), Variant(0, "columns"))
 
-_STEPS = 12  # boundaries of the planes that are tried per layer
+_STEPS = 12  # boundaries of the planes that are tried per group
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Planes of one layer, what they cost, and the error they are expected to leave."""
+    """Planes of layers with the same input, what they cost, and the error expected of them."""
 
     plane_columns: tuple[int, ...]
     nbytes: int
     error: float = 0.0
 
-    @classmethod
-    def smallest(cls, n: int, k: int) -> Plan:
-        """One plane, no transform."""
-        planes = (padded_columns(k),)
-        return cls(planes, packed_bytes(n, k, planes))
 
-
-def layer_plans(weight: Tensor, hessian: Tensor, seed: int) -> list[Plan]:
-    """The plans of a layer over all variants of its transform.
+def group_plans(layers: Sequence[CalibratedLayer], seed: int) -> list[Plan]:
+    """The plans of layers with the same input over all variants of their transform.
 
     Args:
-        weight: float32 (n, k).
-        hessian: (k, k), scaled so that errors of different layers compare.
+        layers: At least one.
         seed: Seed of the signs.
     """
     return [
         plan
         for variant in VARIANTS
-        if variant.fits(weight.shape[1])
-        for plan in plans(transform_problem(weight, hessian, variant, seed))
+        if variant.fits(layers[0].weight.shape[1])
+        for plan in plans(transform_problems(layers, variant, seed))
     ]
 
 
-def plans(problem: StoredProblem) -> list[Plan]:
-    """All plans of a layer on a grid of plane boundaries."""
-    chunks = len(problem.energy)
-    kept = np.concatenate([[0.0], np.cumsum(problem.energy)])
+def plans(problems: Sequence[StoredProblem]) -> list[Plan]:
+    """All plans on a grid of plane boundaries; errors are summed over the layers."""
+    energy = sum(problem.energy for problem in problems)
+    rows, k, variant = [problem.n for problem in problems], problems[0].k, problems[0].variant
+    chunks = len(problems[0].energy)
+    kept = np.concatenate([[0.0], np.cumsum(energy)])
     step = -(-chunks // _STEPS)
     grid = sorted({*range(0, chunks, step), chunks})
     found = []
@@ -76,25 +77,37 @@ def plans(problem: StoredProblem) -> list[Plan]:
                     (kept[bounds[c - 1]] - kept[bounds[c]]) * GAUSSIAN_DISTORTION[c]
                     for c in range(1, len(bounds))
                 )
-                found.append(Plan(planes, plan_bytes(problem, planes), float(error)))
+                found.append(Plan(planes, plan_bytes(rows, k, variant, planes), float(error)))
     return found
 
 
-def plan_bytes(problem: StoredProblem, planes: Sequence[int]) -> int:
-    """Bytes of the packed layer; one class of columns needs no order."""
-    ordered = len(plane_classes(planes)) > 1
-    return packed_bytes(
-        problem.n,
-        problem.k,
-        planes,
-        hadamard_block=problem.variant.block,
-        order_entries=problem.variant.order_entries(problem.k) if ordered else 0,
+def plan_bytes(rows: Sequence[int], k: int, variant: Variant, planes: Sequence[int]) -> int:
+    """Bytes of packed layers that share planes and transform, stacked into one where they can be.
+
+    One class of columns needs no order.
+
+    Args:
+        rows: Output features of each layer.
+        k: Input features.
+        variant: Transform.
+        planes: See FORMAT.md.
+    """
+    is_ordered = len(plane_classes(planes)) > 1
+    return sum(
+        packed_bytes(
+            n,
+            k,
+            planes,
+            hadamard_block=variant.block,
+            order_entries=variant.order_entries(k) if is_ordered else 0,
+        )
+        for n in ([sum(rows)] if can_stack(rows) else rows)
     )
 
 
-def best_plan(problem: StoredProblem, budget: int) -> Plan | None:
+def best_plan(problems: Sequence[StoredProblem], budget: int) -> Plan | None:
     """The plan of least estimated error within `budget` bytes, or None."""
-    fitting = [plan for plan in plans(problem) if plan.nbytes <= budget]
+    fitting = [plan for plan in plans(problems) if plan.nbytes <= budget]
     return min(fitting, key=lambda plan: (plan.error, plan.nbytes), default=None)
 
 
@@ -116,14 +129,14 @@ def _slope(small: Plan, large: Plan) -> float:
 
 
 def allocate(candidates: Mapping[str, Sequence[Plan]], budget: int) -> dict[str, Plan] | None:
-    """Divide `budget` bytes over layers so that the sum of errors is small.
+    """Divide `budget` bytes over groups of layers so that the sum of errors is small.
 
     Walks down the convex hulls by the best ratio of error to bytes, then fills what is left with
     any plan that still fits. None if even the smallest plans do not fit.
 
     Args:
-        candidates: Plans of each layer, errors in one unit over all layers.
-        budget: Bytes of all layers together.
+        candidates: Plans of each group, errors in one unit over all groups.
+        budget: Bytes of all groups together.
     """
     hulls = {name: lower_hull(plans) for name, plans in candidates.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}

@@ -3,7 +3,8 @@
 Per variant of the input transform: planes under the byte budget, joint row coefficients,
 compensated rounding in activation order, then rounds of refitted coefficients and coordinate
 descent over the signs, the last ones with coefficients already in float16. Of the variants whose
-estimated error is near the least, the one with the least error on held-out inputs wins.
+estimated error is near the least, the one with the least error on held-out inputs wins. Layers
+with the same input share variant and planes.
 """
 
 from __future__ import annotations
@@ -15,59 +16,76 @@ import torch
 from torch import Tensor
 
 from bivlm_edge.errors import RequestError
-from bivlm_edge.quant.allocation import VARIANTS, Plan, best_plan
+from bivlm_edge.quant.allocation import VARIANTS, Plan, best_plan, plan_bytes
 from bivlm_edge.quant.levels import fit_coefficients, make_levels
-from bivlm_edge.quant.linalg import compensate, relative_error
-from bivlm_edge.quant.options import LayerOptions
+from bivlm_edge.quant.linalg import compensate, output_energy
 from bivlm_edge.quant.packed import (
     BinaryWeight,
     PlaneClass,
     coefficients_per_row,
     pack_coefficients,
     pack_planes,
+    padded_columns,
     plane_classes,
 )
 from bivlm_edge.quant.refine import Assignment, descend, refit
-from bivlm_edge.quant.transform import StoredProblem, transform_problem
+from bivlm_edge.quant.transform import (
+    CalibratedLayer,
+    StoredProblem,
+    Variant,
+    transform_problems,
+)
 
 _ROUNDS = 3
 _SWEEPS = 4
 _WORTH_TRYING = 1.3  # estimates were within 20 % of the measured errors
 
 
-def quantize(weight: Tensor, hessian: Tensor, options: LayerOptions) -> BinaryWeight:
-    """The best variant within the byte budget.
+def quantize(layers: Sequence[CalibratedLayer], byte_budget: int, seed: int) -> list[BinaryWeight]:
+    """Quantize layers with the same input by the best variant within the budget.
+
+    The weights agree in all but rows: planes, transform, signs and order are the same.
 
     Args:
-        weight: float32 (n, k).
-        hessian: (k, k), E[x x^T] of the inputs, centred if a bias takes up the mean.
-        options: `byte_budget` or else `bits`; `held_out` chooses between the variants.
+        layers: At least one.
+        byte_budget: Most bytes of all layers together, as `plan_bytes` counts them.
+        seed: Seed of the signs.
 
     Raises:
         RequestError: not even one plane fits the budget.
     """
-    n, k = weight.shape
-    budget = options.byte_budget
-    if budget is None:
-        budget = int(options.bits * n * k / 8)
-    judge = hessian if options.held_out is None else options.held_out
+    k = layers[0].weight.shape[1]
     trials = [
-        (plan, problem)
+        (plan, problems)
         for variant in VARIANTS
         if variant.fits(k)
-        for problem in [transform_problem(weight, hessian, variant, options.seed)]
-        if (plan := best_plan(problem, budget)) is not None
+        for problems in [transform_problems(layers, variant, seed)]
+        if (plan := best_plan(problems, byte_budget)) is not None
     ]
     if not trials:
+        rows = [len(layer.weight) for layer in layers]
+        shapes = ", ".join(f"'{layer.name}' ({len(layer.weight)} x {k})" for layer in layers)
         raise RequestError(
-            f"layer '{options.name}' ({n} x {k}) does not fit {budget} bytes: one plane needs "
-            f"{Plan.smallest(n, k).nbytes}. Raise --bits."
+            f"{shapes} does not fit {byte_budget} bytes: one plane needs "
+            f"{plan_bytes(rows, k, Variant(0, 'none'), [padded_columns(k)])}. Raise --bits."
         )
     limit = _WORTH_TRYING * min(plan.error for plan, _ in trials)
-    packed = [quantize_planes(problem, plan) for plan, problem in trials if plan.error <= limit]
-    return min(
-        packed,
-        key=lambda one: relative_error(weight, torch.from_numpy(one.dequantize()), judge),
+    packed = [
+        [quantize_planes(problem, plan) for problem in problems]
+        for plan, problems in trials
+        if plan.error <= limit
+    ]
+    return min(packed, key=lambda weights: _held_out_error(layers, weights))
+
+
+def _held_out_error(layers: Sequence[CalibratedLayer], weights: Sequence[BinaryWeight]) -> float:
+    """Output error of all layers on inputs that they were not fitted to, where there are any."""
+    return sum(
+        output_energy(
+            torch.from_numpy(weight.dequantize()) - layer.weight,
+            layer.hessian if layer.held_out is None else layer.held_out,
+        )
+        for layer, weight in zip(layers, weights, strict=True)
     )
 
 

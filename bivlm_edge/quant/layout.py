@@ -32,6 +32,11 @@ def padded_rows(n: int) -> int:
     return -(-n // PANEL) * PANEL
 
 
+def can_stack(rows: Sequence[int]) -> bool:
+    """Whether weights of these rows, alike in all else, can be stacked into one by their panels."""
+    return all(n % PANEL == 0 for n in rows[:-1])
+
+
 def plane_classes(plane_columns: Sequence[int]) -> list[PlaneClass]:
     """The classes in the order of the columns: most planes first."""
     classes = []

@@ -1,4 +1,4 @@
-"""Factors of a damped Hessian, the compensated column loop built on them, and error measures."""
+"""Factors of a damped Hessian, the compensated column loop built on them, and the error measure."""
 
 from __future__ import annotations
 
@@ -91,10 +91,3 @@ def compensate(weight_t: Tensor, factor: Tensor, assign: Callable[[int, Tensor],
 def output_energy(weight: Tensor, hessian: Tensor) -> float:
     """tr(W H W^T), the mean squared output for weight (n, k) and inputs with E[x x^T] = H."""
     return float(((weight.double() @ hessian.double()) * weight.double()).sum())
-
-
-def relative_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """tr(E H E^T) / tr(W H W^T) with E = approximation - weight; 0 if both are 0."""
-    error = output_energy(approximation - weight, hessian)
-    energy = output_energy(weight, hessian)
-    return error / energy if energy > 0 else float(error > 0)

@@ -15,6 +15,7 @@ from bivlm_edge.quant.layout import (
     MAX_PLANES,
     PANEL,
     PlaneClass,
+    can_stack,
     coefficients_per_row,
     pack_coefficients,
     pack_planes,
@@ -31,6 +32,7 @@ __all__ = [
     "PANEL",
     "BinaryWeight",
     "PlaneClass",
+    "can_stack",
     "coefficients_per_row",
     "pack_coefficients",
     "pack_planes",
@@ -156,6 +158,11 @@ class BinaryWeight:
         """Bytes of all tensors."""
         tensors = (self.codes, self.coefficients, self.signs, self.order)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def transform_bytes(self) -> int:
+        """Bytes of signs and order, which weights on the same transformed input can share."""
+        return sum(tensor.nbytes for tensor in (self.signs, self.order) if tensor is not None)
 
     @property
     def true_bits(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ from bivlm_edge.calibration.moments import Moments
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant import bivlm_edge, bivlm_paper, gptq, rtn
-from bivlm_edge.quant.allocation import Plan, allocate, layer_plans
+from bivlm_edge.quant.allocation import Plan, allocate, group_plans
 from bivlm_edge.quant.linalg import output_energy
 from bivlm_edge.quant.options import LayerOptions
-from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight
+from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight, can_stack
+from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import QuantizedWeight
 
 NBITS4_GROUP = 32
@@ -29,8 +29,7 @@ NBITS4_GROUP = 32
 LayerMethod = Callable[[Tensor, Tensor, LayerOptions], QuantizedWeight]
 Progress = Callable[[str, int, int], None]
 
-METHODS: dict[str, LayerMethod] = {
-    "bivlm-edge": bivlm_edge.quantize,
+BASELINES: dict[str, LayerMethod] = {
     "bivlm-paper": bivlm_paper.quantize,
     "gptq": gptq.quantize,
     "rtn": rtn.quantize,
@@ -65,7 +64,6 @@ class LayerReport:
         output_error: tr(E H E^T) / tr(W H W^T) with all tokens weighing alike, the bias corrected
             where the method does so. None for random weights, which approximate nothing.
         error_is_held_out: Whether H comes from batches that calibrated nothing.
-        seconds: Time to quantize the layer, without collecting its inputs.
     """
 
     name: str
@@ -78,7 +76,6 @@ class LayerReport:
     claimed_bits: float
     output_error: float | None
     error_is_held_out: bool
-    seconds: float
 
 
 @dataclass(slots=True)
@@ -88,21 +85,27 @@ class QuantizedModel:
     Attributes:
         weights: Dotted name -> quantized weight.
         reports: One per quantized layer, in order of execution.
+        stacked: Names of layers with the same input whose weights become one in the graph: signs
+            and order of the columns are stored once.
         skipped: Dotted name of every other nn.Linear -> why it stays as it is.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
+    stacked: list[tuple[str, ...]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all quantized weights."""
-        return sum(weight.nbytes for weight in self.weights.values())
+        """Bytes of all quantized weights in the graph."""
+        repeated = (self.weights[name] for names in self.stacked for name in names[1:])
+        return sum(weight.nbytes for weight in self.weights.values()) - sum(
+            weight.transform_bytes for weight in repeated if isinstance(weight, BinaryWeight)
+        )
 
     @property
     def true_bits(self) -> float:
-        """Bytes of all quantized weights, in bits per weight; 0 if there are none."""
+        """Bytes of all quantized weights in the graph, in bits per weight; 0 if there are none."""
         weights = sum(weight.n * weight.k for weight in self.weights.values())
         return 8 * self.nbytes / weights if weights else 0.0
 
@@ -141,14 +144,19 @@ def quantize_model(
         groups = walk(vlm.module, sequences, batches, importance)
         plans = _divide_budget(groups, result.skipped, config)
     for group in walk(vlm.module, sequences, batches, importance):
-        for name, layer in group.layers.items():
-            if name in result.skipped:
-                continue
-            if progress is not None:
-                progress(name, len(result.weights), total)
-            weight, report = _quantize_layer(name, layer, group, config, plans.get(name))
+        names = [name for name in group.layers if name not in result.skipped]
+        if not names:
+            continue
+        if progress is not None:
+            for done, name in enumerate(names, start=len(result.weights)):
+                progress(name, done, total)
+        weights = _quantize_group(names, group, config, plans.get(names[0]))
+        for name, weight in zip(names, weights, strict=True):
+            result.reports.append(_install(name, weight, group, config.method))
             result.weights[name] = weight
-            result.reports.append(report)
+        is_shared = config.method == "bivlm-edge" and len(names) > 1
+        if is_shared and can_stack([weight.n for weight in weights]):
+            result.stacked.append(tuple(names))
     for name in linear_layers(vlm.module):
         if name not in result.weights:
             result.skipped.setdefault(name, "not reached by the calibration inputs")
@@ -185,10 +193,14 @@ def skipped_layers(vlm: QuantizableModel, method: str) -> dict[str, str]:
     return skipped
 
 
+@torch.no_grad()
 def _divide_budget(
     groups: Iterable[LayerGroup], skipped: Mapping[str, str], config: QuantConfig
 ) -> dict[str, Plan]:
-    """Planes of every layer, from the float model: one budget for all of them together.
+    """Planes of every group of layers, from the float model: one budget for all of them together.
+
+    Returns:
+        Name of the group's first layer that is quantized -> plan.
 
     Raises:
         RequestError: even one plane per layer exceeds the budget.
@@ -196,18 +208,12 @@ def _divide_budget(
     candidates: dict[str, list[Plan]] = {}
     weights = 0
     for group in groups:
-        for name, layer in group.layers.items():
-            if name in skipped:
-                continue
-            fit = group.weighted.get(name, group.inputs).fit
-            hessian = _hessian(fit, fit, layer)
-            if name in group.weighted:
-                hessian = hessian * fit.weight
-            else:  # no gradient: the relative error is what layers have in common
-                hessian = hessian / max(output_energy(layer.weight, fit.hessian), 1e-30)
-            weights += layer.weight.numel()
-            weight = layer.weight.detach().float()
-            candidates[name] = layer_plans(weight, hessian, _seed(config, group))
+        names = [name for name in group.layers if name not in skipped]
+        if not names:
+            continue
+        layers = [_calibrated(name, group) for name in names]
+        weights += sum(layer.weight.numel() for layer in layers)
+        candidates[names[0]] = group_plans(layers, _seed(config, group))
     budget = int(config.bits * weights / 8)
     plans = allocate(candidates, budget)
     if plans is None:
@@ -217,6 +223,25 @@ def _divide_budget(
             f"Choose at least {math.ceil(100 * least / weights) / 100:g}."
         )
     return plans
+
+
+def _calibrated(name: str, group: LayerGroup) -> CalibratedLayer:
+    """A layer with Hessians in the scale in which errors of all layers of a model compare."""
+    layer = group.layers[name]
+    weight = layer.weight.detach().float().clone()
+    statistics = group.weighted.get(name, group.inputs)
+    fit = statistics.fit
+    if name in group.weighted:
+        scale = fit.weight
+    else:  # no gradient: the relative error is what layers have in common
+        scale = 1 / max(output_energy(weight, fit.hessian), 1e-30)
+    held_out = statistics.held_out
+    return CalibratedLayer(
+        name=name,
+        weight=weight,
+        hessian=_hessian(fit, fit, layer) * scale,
+        held_out=None if held_out is None else _hessian(held_out, fit, layer) * scale,
+    )
 
 
 def _hessian(moments: Moments, fit: Moments, layer: nn.Linear) -> Tensor:
@@ -234,55 +259,51 @@ def _seed(config: QuantConfig, group: LayerGroup) -> int:
 
 
 @torch.no_grad()
-def _quantize_layer(
-    name: str, layer: nn.Linear, group: LayerGroup, config: QuantConfig, plan: Plan | None
-) -> tuple[QuantizedWeight, LayerReport]:
-    """Quantize one layer and leave the result in it."""
-    started = time.perf_counter()
-    weight = layer.weight.detach().float().clone()
-    statistics = group.weighted.get(name, group.inputs)
-    hessian, held_out = statistics.fit.hessian, None
-    corrects_bias = config.method == "bivlm-edge" and _has_bias(layer)
-    if corrects_bias:
-        hessian = statistics.fit.around(statistics.fit.mean)
-    if statistics.held_out is not None:
-        held_out = statistics.held_out.hessian
-        if corrects_bias:
-            held_out = statistics.held_out.around(statistics.fit.mean)
-    quantized = METHODS[config.method](
-        weight,
-        hessian,
-        LayerOptions(
-            name=name,
-            part=group.part,
-            bits=4 if config.method == "nbits4" else config.bits,
-            group=NBITS4_GROUP if config.method == "nbits4" else None,
-            byte_budget=plan.nbytes if plan else None,
-            held_out=held_out,
-            seed=_seed(config, group),
-            n_uns=config.n_uns,
-        ),
+def _quantize_group(
+    names: Sequence[str], group: LayerGroup, config: QuantConfig, plan: Plan | None
+) -> Sequence[QuantizedWeight]:
+    """Quantize layers with the same input; `plan` is theirs with bivlm-edge."""
+    if plan is not None:
+        layers = [_calibrated(name, group) for name in names]
+        return bivlm_edge.quantize(layers, plan.nbytes, _seed(config, group))
+    options = LayerOptions(
+        part=group.part,
+        bits=4 if config.method == "nbits4" else config.bits,
+        group=NBITS4_GROUP if config.method == "nbits4" else None,
+        n_uns=config.n_uns,
     )
+    return [
+        BASELINES[config.method](
+            group.layers[name].weight.detach().float().clone(), group.inputs.fit.hessian, options
+        )
+        for name in names
+    ]
+
+
+@torch.no_grad()
+def _install(name: str, quantized: QuantizedWeight, group: LayerGroup, method: str) -> LayerReport:
+    """Leave a quantized weight in its layer, correct the bias, and report the error."""
+    layer = group.layers[name]
+    weight = layer.weight.detach().float().clone()
     rounded = torch.from_numpy(quantized.dequantize())
     layer.weight.copy_(rounded)
     judged = group.inputs.held_out or group.inputs.fit
     moments = judged.hessian
-    if corrects_bias:
-        layer.bias.add_((weight - rounded).double() @ statistics.fit.mean)
-        moments = judged.around(statistics.fit.mean)
+    if method == "bivlm-edge" and _has_bias(layer):
+        mean = group.weighted.get(name, group.inputs).fit.mean
+        layer.bias.add_((weight - rounded).double() @ mean)
+        moments = judged.around(mean)
     energy = output_energy(weight, judged.hessian)
     binary = quantized if isinstance(quantized, BinaryWeight) else None
-    report = LayerReport(
+    return LayerReport(
         name=name,
         n=quantized.n,
         k=quantized.k,
-        method=config.method,
+        method=method,
         planes=binary.plane_columns if binary else None,
         hadamard_block=binary.hadamard_block if binary else 0,
         true_bits=quantized.true_bits,
         claimed_bits=getattr(quantized, "claimed_bits", quantized.true_bits),
         output_error=output_energy(rounded - weight, moments) / max(energy, 1e-30),
         error_is_held_out=group.inputs.held_out is not None,
-        seconds=time.perf_counter() - started,
     )
-    return quantized, report

@@ -1,7 +1,8 @@
-"""A layer in the coordinates in which its planes are stored: rotated, ordered, padded."""
+"""Layers in the coordinates in which their planes are stored: rotated, ordered, padded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,24 @@ class Variant(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class CalibratedLayer:
+    """A layer and what is known of its inputs.
+
+    Attributes:
+        name: Dotted name, for messages.
+        weight: float32 (n, k).
+        hessian: (k, k), E[x x^T] of the inputs to fit, centred if a bias takes up the mean; scaled
+            so that the errors of different layers compare.
+        held_out: The same of inputs that must not be fitted, or None.
+    """
+
+    name: str
+    weight: Tensor
+    hessian: Tensor
+    held_out: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StoredProblem:
     """Weight and Hessian with columns as they will be stored.
 
@@ -47,7 +66,7 @@ class StoredProblem:
         factor: `inverse_factor` in the order of `visit`.
         visit: Order in which columns are rounded: falling diag(H).
         energy: Expected squared error per chunk, once rounded with compensation, of planes that
-            leave 1 of the variance: float64 (chunks,).
+            leave 1 of the variance: float64 (chunks,), in the scale of the layer's Hessian.
         permutation: int64 (kp,), the transformed channel at each stored position.
         signs: Packed signs of the transform, or None.
         order: Stored order, or None.
@@ -71,58 +90,73 @@ def draw_signs(kp: int, seed: int) -> NDArray[np.bool_]:
     return np.random.default_rng(seed).random(kp) < 0.5
 
 
-def transform_problem(
-    weight: Tensor, hessian: Tensor, variant: Variant, seed: int
-) -> StoredProblem:
-    """Bring a layer into the coordinates of one variant.
+def transform_problems(
+    layers: Sequence[CalibratedLayer], variant: Variant, seed: int
+) -> list[StoredProblem]:
+    """Bring layers with the same input into the coordinates of one variant.
+
+    Signs and order of the columns are the same for all of them: the operators of the layers can
+    become one. The order falls by the sum of the layers' saliencies.
 
     Args:
-        weight: float32 (n, k).
-        hessian: (k, k), not damped.
+        layers: At least one, all of the same k.
         variant: Rotation and kind of order.
         seed: Seed of the signs.
     """
-    n, k = weight.shape
+    k = layers[0].weight.shape[1]
     kp = padded_columns(k)
-    rotated = np.zeros((n, kp))
-    rotated[:, :k] = weight.numpy()
-    moments = np.zeros((kp, kp))
-    moments[:k, :k] = hessian.numpy()
-    signs = None
-    if variant.block:
-        flips = draw_signs(kp, seed)
-        signs = pack_signs(flips)
-        factors = np.where(flips, 1.0, -1.0)
-        rotated = block_hadamard(rotated * factors, variant.block)
-        moments = block_hadamard(moments * factors * factors[:, np.newaxis], variant.block)
-        moments = block_hadamard(np.ascontiguousarray(moments.T), variant.block)
     columns = kp if variant.block else k
-    full_weight = torch.from_numpy(rotated)
-    full_hessian = torch.from_numpy(moments)
-    mean = max(float(full_hessian.diagonal()[:columns].mean()), 1e-30)
+    flips = draw_signs(kp, seed) if variant.block else None
+    rotated = [_rotate(layer, flips, variant.block) for layer in layers]
     saliency = np.zeros(kp)
-    saliency[:columns] = _saliency(full_weight[:, :columns], full_hessian[:columns, :columns])
+    for weight, hessian in rotated:
+        saliency[:columns] += _saliency(weight[:, :columns], hessian[:columns, :columns])
     permutation, order = _order(saliency, columns, variant)
     take = torch.from_numpy(permutation)
     take = take[take < columns]
-    stored = full_hessian[take][:, take]
-    visit = stored.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(stored[visit][:, visit])
-    stored = stored / mean + DAMPING * torch.eye(columns, dtype=torch.float64)
-    weight_t = full_weight[:, take].T.contiguous()
-    return StoredProblem(
-        variant=variant,
-        n=n,
-        k=k,
-        weight_t=weight_t.float(),
-        hessian=stored.float(),
-        factor=factor,
-        visit=visit,
-        energy=_chunk_energy(weight_t, factor, visit),
-        permutation=permutation,
-        signs=signs,
-        order=order,
-    )
+    signs = None if flips is None else pack_signs(flips)
+    problems = []
+    for weight, hessian in rotated:
+        mean = max(float(hessian.diagonal()[:columns].mean()), 1e-30)
+        stored = hessian[take][:, take]
+        visit = stored.diagonal().argsort(descending=True, stable=True)
+        factor = inverse_factor(stored[visit][:, visit])
+        stored = stored / mean + DAMPING * torch.eye(columns, dtype=torch.float64)
+        weight_t = weight[:, take].T.contiguous()
+        problems.append(
+            StoredProblem(
+                variant=variant,
+                n=len(weight),
+                k=k,
+                weight_t=weight_t.float(),
+                hessian=stored.float(),
+                factor=factor,
+                visit=visit,
+                energy=_chunk_energy(weight_t, factor, visit),
+                permutation=permutation,
+                signs=signs,
+                order=order,
+            )
+        )
+    return problems
+
+
+def _rotate(
+    layer: CalibratedLayer, flips: NDArray[np.bool_] | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """Padded weight (n, kp) and Hessian (kp, kp) in float64, transformed if there are signs."""
+    n, k = layer.weight.shape
+    kp = padded_columns(k)
+    weight = np.zeros((n, kp))
+    weight[:, :k] = layer.weight.numpy()
+    moments = np.zeros((kp, kp))
+    moments[:k, :k] = layer.hessian.numpy()
+    if flips is not None:
+        factors = np.where(flips, 1.0, -1.0)
+        weight = block_hadamard(weight * factors, block)
+        moments = block_hadamard(moments * factors * factors[:, np.newaxis], block)
+        moments = block_hadamard(np.ascontiguousarray(moments.T), block)
+    return torch.from_numpy(weight), torch.from_numpy(moments)
 
 
 def _saliency(weight: Tensor, hessian: Tensor) -> NDArray[np.float64]:

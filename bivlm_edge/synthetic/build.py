@@ -238,7 +238,6 @@ def _layer_report(name: str, method: Method, weight: BinaryWeight | GroupWeight)
         claimed_bits=weight.true_bits,
         output_error=None,
         error_is_held_out=False,
-        seconds=0.0,
     )
 
 

@@ -1,4 +1,5 @@
-// Every kernel of BinaryMatMul that this CPU has against the reference, on awkward shapes.
+// Every kernel of BinaryMatMul that this CPU has against the reference, on awkward shapes. Where
+// BIVLM_TEST_EMULATED_ISA is set, the kernels that need it, linked with an emulation of it.
 #include "bivlm/binary_matmul.h"
 
 #include <cmath>
@@ -8,8 +9,23 @@
 #include "check.h"
 #include "reference.h"
 
+#ifndef BIVLM_TEST_EMULATED_ISA
+#define BIVLM_TEST_EMULATED_ISA isa::kNone
+#endif
+
 namespace bivlm::testing {
 namespace {
+
+std::vector<BinaryMatMulKernel> TestedKernels() {
+  constexpr IsaSet kEmulated = BIVLM_TEST_EMULATED_ISA;
+  const IsaSet present = SupportedIsa() | kEmulated;
+  std::vector<BinaryMatMulKernel> kernels;
+  for (const BinaryMatMulKernel& kernel : BinaryMatMulKernels()) {
+    const bool runs = (kernel.isa & present) == kernel.isa;
+    if (runs && (kernel.isa & kEmulated) == kEmulated) kernels.push_back(kernel);
+  }
+  return kernels;
+}
 
 enum class Order { kNone, kColumns, kChunks };
 
@@ -202,8 +218,7 @@ void RunCase(Checker* check, const Case& c, const Executor& executor, std::size_
   for (const float value : x) {
     exact_x.push_back(c.float16 ? HalfValue(ToHalf(value)) : double{value});
   }
-  for (const BinaryMatMulKernel& kernel : BinaryMatMulKernels()) {
-    if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+  for (const BinaryMatMulKernel& kernel : TestedKernels()) {
     const Outputs outputs = Run(kernel, c, w, x, c.seed % 4, executor, check);
     check->Expect(outputs.intact, kernel.name, " wrote outside y", Text(c));
     const std::size_t step = std::max<std::size_t>(1, c.m / std::max<std::size_t>(1, checked_rows));
@@ -294,8 +309,7 @@ void ExpectRowsAsAlone(Checker* check, const Case& c) {
   const std::vector<float> x = RandomActivations(c, random);
   Case alone = c;
   alone.m = 1;
-  for (const BinaryMatMulKernel& kernel : BinaryMatMulKernels()) {
-    if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+  for (const BinaryMatMulKernel& kernel : TestedKernels()) {
     const std::vector<double> y = Run(kernel, c, w, x, 0, ThreeThreads(), check).y;
     for (std::size_t row = 0; row < c.m; ++row) {
       const auto begin = x.begin() + static_cast<std::ptrdiff_t>(row * c.k);
@@ -303,6 +317,30 @@ void ExpectRowsAsAlone(Checker* check, const Case& c) {
       const std::vector<double> want = Run(kernel, alone, w, x_row, 0, Executor(), check).y;
       check->Expect(std::memcmp(want.data(), y.data() + row * c.n, c.n * sizeof(double)) == 0,
                     kernel.name, " row ", row, " differs from the row alone", Text(c));
+    }
+  }
+}
+
+// Numbers of tokens around the tiles and row blocks of the kernels (up to 8 tokens at a time; from
+// 17 on, tiles of 6 in blocks of 128), with an odd number of panels and an n that is no multiple of
+// 16, over streams that end before, at and after a block of 512 columns.
+void TilesOfTokens(Checker* check) {
+  const std::vector<std::vector<int64_t>> lists = {
+      {1216, 1216}, {1216}, {1216, 576, 512, 64}, {1216, 1152, 640}, {1216, 1024, 1024, 1024}};
+  uint64_t seed = 8000;
+  for (const std::size_t m : {4, 7, 16, 17, 18, 19, 23, 24, 25, 36, 64, 127, 128, 129, 150, 257}) {
+    for (const std::vector<int64_t>& list : lists) {
+      Case c;
+      c.m = m;
+      c.n = seed % 3 == 0 ? 48 : 37;
+      c.k = 1200;
+      c.plane_columns = list;
+      c.hadamard_block = seed % 2 == 0 ? 64 : 0;
+      c.order = static_cast<Order>(seed % 3);
+      c.float16 = seed % 4 == 0;
+      c.seed = ++seed;
+      RunCase(check, c, Executor(), 4);
+      if (m >= 16) ExpectRowsAsAlone(check, c);
     }
   }
 }
@@ -383,13 +421,21 @@ void WorkedExamples(Checker* check) {
 }  // namespace bivlm::testing
 
 int main() {
+  const std::vector<bivlm::BinaryMatMulKernel> kernels = bivlm::testing::TestedKernels();
+  if (kernels.empty()) {
+    std::printf(
+        "skipped: this CPU has no AVX-512 VNNI, which the emulated kernel needs beside AMX\n");
+    return bivlm::testing::kSkipped;
+  }
   bivlm::testing::Checker check;
   bivlm::testing::WorkedExamples(&check);
   bivlm::testing::ShapeErrors(&check);
   bivlm::testing::AwkwardShapes(&check);
   bivlm::testing::AllPlanesAndTransforms(&check);
+  bivlm::testing::TilesOfTokens(&check);
   bivlm::testing::ManyTasks(&check);
-  std::printf("kernels tested: %s\n",
-              bivlm::AvailableBinaryMatMulNames(bivlm::SupportedIsa()).c_str());
+  for (const bivlm::BinaryMatMulKernel& kernel : kernels) {
+    std::printf("kernel tested: %s\n", kernel.name);
+  }
   return check.Finish("binary_matmul_test");
 }

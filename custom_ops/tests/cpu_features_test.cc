@@ -8,6 +8,11 @@
 
 #include "check.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace bivlm::testing {
 namespace {
 
@@ -33,6 +38,15 @@ bool HasAll(const std::set<std::string>& flags, std::initializer_list<const char
   return true;
 }
 
+// A container may refuse what the CPU has.
+bool TilesAreGranted() {
+#if defined(__x86_64__) && defined(__linux__)
+  return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 }  // namespace bivlm::testing
 
@@ -48,7 +62,13 @@ int main() {
   const bool avx2 = HasAll(flags, {"avx2", "fma", "f16c"});
   const bool avx512 = HasAll(flags, {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"});
   check.Expect(((SupportedIsa() & isa::kAvx2) != 0) == avx2, "avx2: /proc/cpuinfo says ", avx2);
+  const bool avxvnni = avx2 && HasAll(flags, {"avx_vnni"});
+  check.Expect(((SupportedIsa() & isa::kAvxVnni) != 0) == avxvnni, "avxvnni: /proc/cpuinfo says ",
+               avxvnni);
   check.Expect(((SupportedIsa() & isa::kAvx512) != 0) == avx512, "avx512: /proc/cpuinfo says ",
                avx512);
+  const bool amx = avx512 && HasAll(flags, {"amx_tile", "amx_int8"}) && TilesAreGranted();
+  check.Expect(((SupportedIsa() & isa::kAmxInt8) != 0) == amx,
+               "amx: /proc/cpuinfo and arch_prctl say ", amx);
   return check.Finish("cpu_features_test");
 }

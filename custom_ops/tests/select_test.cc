@@ -45,14 +45,23 @@ void EveryBuild(Checker* check) {
   }
 }
 
-#if defined(BIVLM_CPU_AVX2) && defined(BIVLM_CPU_AVX512)
+#if defined(BIVLM_CPU_AVX2) && defined(BIVLM_CPU_AVXVNNI) && defined(BIVLM_CPU_AVX512) && \
+    defined(BIVLM_CPU_AMX)
+#define BIVLM_TEST_X86_BUILD
 void X86Build(Checker* check) {
   ExpectName(check, isa::kAvx2, "", "avx2");
   ExpectName(check, isa::kAvx2, "avx512", "none");
   ExpectName(check, isa::kAvx2 | isa::kAvx512, "", "avx512");
   ExpectName(check, isa::kAvx2 | isa::kAvx512, "avx2", "avx2");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512, "avxvnni", "none");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512, "amx", "none");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kAmxInt8, "", "amx");
+  ExpectName(check, isa::kAvxVnni, "avxvnni", "none");
+  ExpectName(check, isa::kAvx2 | isa::kAvxVnni, "", "avxvnni");
+  ExpectName(check, isa::kAvx2 | isa::kAvxVnni | isa::kAvx512, "", "avx512");
   ExpectAvailable(check, isa::kAvx2, "avx2, generic");
   ExpectAvailable(check, isa::kAvx2 | isa::kAvx512, "avx512, avx2, generic");
+  ExpectAvailable(check, isa::kAvx2 | isa::kAvxVnni, "avxvnni, avx2, generic");
 }
 #endif
 
@@ -62,7 +71,7 @@ void X86Build(Checker* check) {
 int main() {
   bivlm::testing::Checker check;
   bivlm::testing::EveryBuild(&check);
-#if defined(BIVLM_CPU_AVX2) && defined(BIVLM_CPU_AVX512)
+#ifdef BIVLM_TEST_X86_BUILD
   bivlm::testing::X86Build(&check);
 #endif
   return check.Finish("select_test");

@@ -117,7 +117,7 @@ def test_binary_matmul_keeps_its_bound(
         _require_contract(packed, x, y, exact=os.environ.get("BIVLM_FORCE_KERNEL") == "generic")
 
 
-@pytest.mark.parametrize("kernel", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("kernel", ["generic", "avx2", "avxvnni", "avx512", "amx"])
 def test_every_kernel_keeps_its_bound(
     packed: Any, kernel: str, library: str, make_model: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -138,6 +138,24 @@ def test_every_kernel_keeps_its_bound(
     assert done.returncode == 0, done.stderr
     for i, x in enumerate(inputs):
         _require_contract(packed, x, np.load(tmp_path / f"{i}.y.npy"), exact=kernel == "generic")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are for Linux")
+def test_huge_pages_do_not_change_the_outputs(
+    packed: Any,
+    library: str,
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = _inputs(packed)[6]
+    (y,) = run(_model(make_model, packed, x), {"X": x}, library=library)
+    monkeypatch.setenv("BIVLM_HUGE_PAGES", "1")
+    for constants in ({}, {"constants": ()}):
+        model = _model(make_model, packed, x, **constants)
+        feeds = {"X": x} | (packed.inputs if constants else {})
+        (y_of_copy,) = run(model, feeds, library=library)
+        np.testing.assert_array_equal(y_of_copy, y)
 
 
 def test_weights_may_be_inputs_of_the_graph(

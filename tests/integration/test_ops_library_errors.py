@@ -82,6 +82,22 @@ def test_binary_matmul_refuses(
     assert re.search(words, str(error.value)), error.value
 
 
+def test_huge_pages_are_1_or_0(
+    library: str,
+    make_packed: Callable[..., Any],
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = make_packed(np.random.default_rng(0), 17, 300, (320, 256))
+    inputs = {"X": np.zeros((2, 300), np.float32), **packed.inputs}
+    constants = ("codes", "coefficients", "signs", "order")
+    model = make_model("BinaryMatMul", inputs, ["Y"], constants=constants, **packed.attributes)
+    monkeypatch.setenv("BIVLM_HUGE_PAGES", "2")
+    with pytest.raises(REFUSALS, match=r"BinaryMatMul.*BIVLM_HUGE_PAGES=2 is neither 0 .* nor 1"):
+        run(model, {"X": inputs["X"]}, library=library)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

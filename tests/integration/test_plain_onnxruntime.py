@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import bivlm_edge
 from bivlm_edge.bundle import BundlePaths, read_manifest
 from bivlm_edge.datasets import VqaItem, load_easy_vqa
+from bivlm_edge.export.fuse import LAYERS
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.reference import checkpoint_path
 
@@ -88,7 +90,6 @@ def dequantized_checkpoint(paths: BundlePaths) -> Any:
         values = [arrays.get(name) for name in node.input]
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "BinaryMatMul":
-            name = node.input[1].split("/", 1)[1].removeprefix("module.").removesuffix(".codes")
             values += [None] * (5 - len(values))
             weight = BinaryWeight(
                 n=attributes["N"],
@@ -100,12 +101,20 @@ def dequantized_checkpoint(paths: BundlePaths) -> Any:
                 signs=values[3],
                 order=values[4],
             )
-            layer = model.get_submodule(name)
-            layer.weight.data = torch.from_numpy(weight.dequantize())
-            replaced += 1
-            bias = next((key for key in arrays if key.endswith(f"module.{name}.bias")), None)
-            if bias is not None:
-                layer.bias.data = torch.from_numpy(arrays[bias].copy())
+            operator = node.name.rsplit("/", 1)[0]
+            fused = next((p.value for p in node.metadata_props if p.key == LAYERS), None)
+            rows = {operator: weight.n} if fused is None else json.loads(fused)
+            ends = (f"module.{operator}.bias", f"{operator}/bias")
+            bias = next((key for key in arrays if key.endswith(ends)), None)
+            start = 0
+            for name, n in rows.items():
+                part = slice(start, start + n)
+                layer = model.get_submodule(name)
+                layer.weight.data = torch.from_numpy(weight.dequantize()[part].copy())
+                if bias is not None and layer.bias is not None:
+                    layer.bias.data = torch.from_numpy(arrays[bias][part].copy())
+                replaced += 1
+                start += n
         elif node.op_type == "GatherBlockQuantized":
             table = dequantize_8_bit(values[0], arrays["embedding/scales"])
             model.get_input_embeddings().weight.data = torch.from_numpy(table)

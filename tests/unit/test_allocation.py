@@ -13,13 +13,18 @@ from bivlm_edge.quant.allocation import (
     Plan,
     allocate,
     best_plan,
-    layer_plans,
+    group_plans,
     lower_hull,
     plans,
 )
 from bivlm_edge.quant.linalg import output_energy
 from bivlm_edge.quant.packed import packed_bytes
-from bivlm_edge.quant.transform import Variant, transform_problem
+from bivlm_edge.quant.transform import (
+    CalibratedLayer,
+    StoredProblem,
+    Variant,
+    transform_problems,
+)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -32,9 +37,13 @@ def correlated(k: int, loud: int = 0) -> Tensor:
     return rows.T @ rows / len(rows)
 
 
+def stored(weight: Tensor, hessian: Tensor, variant: Variant) -> list[StoredProblem]:
+    return transform_problems([CalibratedLayer("layer", weight, hessian)], variant, seed=0)
+
+
 def test_plans_fall_in_planes_and_cost_what_the_format_says() -> None:
-    problem = transform_problem(gaussian(40, 192), correlated(192), Variant(64, "chunks"), 0)
-    found = {plan.plane_columns: plan for plan in plans(problem)}
+    problems = stored(gaussian(40, 192), correlated(192), Variant(64, "chunks"))
+    found = {plan.plane_columns: plan for plan in plans(problems)}
     assert len(found) == 20  # boundaries 3 >= a >= b >= c >= 0
     assert (192,) in found
     assert (192, 192, 192, 192) in found
@@ -48,16 +57,16 @@ def test_plans_fall_in_planes_and_cost_what_the_format_says() -> None:
 
 def test_wide_layers_are_planned_on_a_grid() -> None:
     weight, hessian = gaussian(16, 64 * 30), torch.eye(64 * 30)
-    found = plans(transform_problem(weight, hessian, Variant(0, "chunks"), 0))
+    found = plans(stored(weight, hessian, Variant(0, "chunks")))
     assert len(found) < 600
     assert any(plan.plane_columns == (1920, 1920) for plan in found)
 
 
 def test_estimate_of_white_inputs_is_the_gaussian_distortion() -> None:
     weight = gaussian(64, 128)
-    problem = transform_problem(weight, torch.eye(128), Variant(64, "chunks"), 0)
+    problems = stored(weight, torch.eye(128), Variant(64, "chunks"))
     energy = output_energy(weight, torch.eye(128))
-    by_planes = {plan.plane_columns: plan.error / energy for plan in plans(problem)}
+    by_planes = {plan.plane_columns: plan.error / energy for plan in plans(problems)}
     # damping adds 1 % to every conditional variance
     assert by_planes[(128,)] == pytest.approx(0.3634, rel=0.02)
     assert by_planes[(128, 128)] == pytest.approx(0.1175, rel=0.02)
@@ -66,17 +75,19 @@ def test_estimate_of_white_inputs_is_the_gaussian_distortion() -> None:
 
 def test_loud_columns_come_first_and_get_the_planes() -> None:
     weight, hessian = gaussian(64, 256), correlated(256, loud=30)
-    problem = transform_problem(weight, hessian, Variant(0, "columns"), 0)
+    [problem] = stored(weight, hessian, Variant(0, "columns"))
     assert problem.order is not None
     assert sorted(problem.order[:30].tolist()) == list(range(30))
-    plan = best_plan(problem, int(2.0 * 64 * 256 / 8))
+    plan = best_plan([problem], int(2.0 * 64 * 256 / 8))
     assert plan is not None
     assert len(plan.plane_columns) > 2
     assert plan.plane_columns[-1] == 64
 
 
 def test_hull_is_convex_and_dominates_every_plan() -> None:
-    candidates = layer_plans(gaussian(64, 256), correlated(256, loud=9), seed=0)
+    candidates = group_plans(
+        [CalibratedLayer("layer", gaussian(64, 256), correlated(256, loud=9))], seed=0
+    )
     hull = lower_hull(candidates)
     slopes = [(a.error - b.error) / (b.nbytes - a.nbytes) for a, b in itertools.pairwise(hull)]
     assert slopes == sorted(slopes, reverse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bivlm_edge.errors import RequestError
-from bivlm_edge.quant.allocation import best_plan
+from bivlm_edge.quant.allocation import VARIANTS, best_plan
 from bivlm_edge.quant.bivlm_edge import quantize, quantize_planes
 from bivlm_edge.quant.levels import (
     GAUSSIAN_COEFFICIENTS,
@@ -17,11 +18,15 @@ from bivlm_edge.quant.levels import (
     fit_coefficients,
     make_levels,
 )
-from bivlm_edge.quant.linalg import relative_error
-from bivlm_edge.quant.options import LayerOptions
-from bivlm_edge.quant.packed import PlaneClass
+from bivlm_edge.quant.linalg import output_energy
+from bivlm_edge.quant.packed import BinaryWeight, PlaneClass
 from bivlm_edge.quant.refine import Assignment, descend, loss, refit
-from bivlm_edge.quant.transform import StoredProblem, Variant, transform_problem
+from bivlm_edge.quant.transform import (
+    CalibratedLayer,
+    StoredProblem,
+    Variant,
+    transform_problems,
+)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -36,6 +41,17 @@ def hessian(k: int, seed: int = 0) -> Tensor:
     gains[: max(k // 50, 1)] *= 5
     mixed: Tensor = (basis.T * spectrum) @ basis * gains * gains[:, None]
     return mixed
+
+
+def quantize_one(weight: Tensor, metric: Tensor, bits: float, seed: int = 0) -> BinaryWeight:
+    layer = CalibratedLayer("layer", weight, metric)
+    [packed] = quantize([layer], int(bits * weight.numel() / 8), seed)
+    return packed
+
+
+def relative_error(weight: Tensor, packed: BinaryWeight, metric: Tensor) -> float:
+    error = output_energy(torch.from_numpy(packed.dequantize()) - weight, metric)
+    return error / output_energy(weight, metric)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +149,8 @@ def test_refit_solves_the_normal_equations() -> None:
 
 def problem_and_weight(n: int, k: int, variant: Variant) -> tuple[StoredProblem, Tensor, Tensor]:
     weight, metric = gaussian(n, k, seed=3) * 0.05, hessian(k, seed=4)
-    return transform_problem(weight, metric, variant, seed=9), weight, metric
+    [problem] = transform_problems([CalibratedLayer("layer", weight, metric)], variant, seed=9)
+    return problem, weight, metric
 
 
 @pytest.mark.parametrize(
@@ -152,12 +169,12 @@ def test_packed_weight_is_what_the_transformed_problem_was_rounded_to(
     n: int, k: int, variant: Variant, bits: float
 ) -> None:
     problem, weight, metric = problem_and_weight(n, k, variant)
-    plan = best_plan(problem, int(bits * n * k / 8))
+    plan = best_plan([problem], int(bits * n * k / 8))
     assert plan is not None
     packed = quantize_planes(problem, plan)
     assert packed.nbytes == plan.nbytes
     assert packed.nbytes * 8 <= bits * n * k
-    error = relative_error(weight, torch.from_numpy(packed.dequantize()), metric)
+    error = relative_error(weight, packed, metric)
     assert error < 0.2  # one plane leaves at most 0.3634 of a Gaussian, before compensation
     # the same error, computed in the stored coordinates
     stored = torch.from_numpy(packed.decode().T.copy())
@@ -174,20 +191,99 @@ def test_packed_weight_is_what_the_transformed_problem_was_rounded_to(
 def test_budget_is_kept_and_a_budget_below_one_plane_is_refused() -> None:
     weight, metric = gaussian(64, 256), hessian(256)
     for bits in (1.1, 1.7, 2.0, 3.3):
-        packed = quantize(weight, metric, LayerOptions(bits=bits))
+        packed = quantize_one(weight, metric, bits=bits)
         assert packed.true_bits <= bits
-    with pytest.raises(RequestError, match="one plane needs 2176"):
-        quantize(weight, metric, LayerOptions(bits=1.0))
+    with pytest.raises(RequestError, match=r"'layer' \(64 x 256\) .* one plane needs 2176"):
+        quantize_one(weight, metric, bits=1.0)
+
+
+def siblings(rows: tuple[int, ...], k: int = 256) -> list[CalibratedLayer]:
+    """Layers on one input whose tokens they weigh differently."""
+    return [
+        CalibratedLayer(
+            f"layer {i}",
+            gaussian(n, k, seed=i) * 3**i,
+            hessian(k) + 0.1 * hessian(k, seed=i),
+        )
+        for i, n in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize(("rows", "shares_bytes"), [((64, 32, 24), True), ((24, 64), False)])
+@pytest.mark.parametrize("bits", [1.6, 2.3])
+def test_layers_of_one_input_share_all_but_rows_and_keep_one_budget(
+    rows: tuple[int, ...], shares_bytes: bool, bits: float
+) -> None:
+    budget = int(bits * sum(rows) * 256 / 8)
+    packed = quantize(siblings(rows), budget, seed=4)
+    first = packed[0]
+    assert [weight.n for weight in packed] == list(rows)
+    for weight in packed:
+        assert weight.plane_columns == first.plane_columns
+        assert weight.hadamard_block == first.hadamard_block
+        for mine, other in ((weight.signs, first.signs), (weight.order, first.order)):
+            assert (mine is None) == (other is None)
+            assert mine is None or other is None or mine.tobytes() == other.tobytes()
+    spent = sum(weight.nbytes for weight in packed)
+    if shares_bytes:  # 24 rows at the end fill up the last panel of the stack
+        spent -= sum(weight.transform_bytes for weight in packed[1:])
+    assert 0.9 * budget < spent <= budget
+
+
+def test_a_shared_plan_costs_little_where_inputs_weigh_alike() -> None:
+    layers = siblings((64, 32, 32))
+    together = quantize(layers, int(2.0 * 128 * 256 / 8), seed=4)
+    for layer, weight in zip(layers, together, strict=True):
+        alone = quantize_one(layer.weight, layer.hessian, bits=2.0, seed=4)
+        shared = relative_error(layer.weight, weight, layer.hessian)
+        assert shared < 1.15 * relative_error(layer.weight, alone, layer.hessian)
+
+
+def test_the_louder_layer_decides_the_order_of_the_columns() -> None:
+    first, second = gaussian(32, 128), gaussian(32, 128, seed=1)
+    first[:, :64] *= 10  # salient in the first layer, the other half in the second
+    second[:, 64:] *= 10
+    for loud, expected in ((first, first), (second, second)):
+        layers = [
+            CalibratedLayer("layer", weight, torch.eye(128) * (100.0 if weight is loud else 1.0))
+            for weight in (first, second)
+        ]
+        problems = transform_problems(layers, Variant(0, "columns"), seed=0)
+        half = 0 if expected is first else 64
+        for problem in problems:
+            assert problem.order is not None
+            assert sorted(problem.order[:64].tolist()) == list(range(half, half + 64))
+
+
+def test_the_variant_of_least_error_on_held_out_inputs_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Judged by the negative of what it was fitted to, the worst of the variants wins."""
+    monkeypatch.setattr("bivlm_edge.quant.bivlm_edge._WORTH_TRYING", float("inf"))
+    layers = [replace(layer, held_out=-layer.hessian) for layer in siblings((64, 48), k=128)]
+    budget = int(2.2 * 112 * 128 / 8)
+    chosen = quantize(layers, budget, seed=0)
+
+    def error(weights: list[BinaryWeight]) -> float:
+        return sum(
+            output_energy(torch.from_numpy(weight.dequantize()) - layer.weight, layer.hessian)
+            for layer, weight in zip(layers, weights, strict=True)
+        )
+
+    errors = []
+    for variant in VARIANTS:
+        problems = transform_problems(layers, variant, seed=0)
+        plan = best_plan(problems, budget)
+        assert plan is not None
+        errors.append(error([quantize_planes(problem, plan) for problem in problems]))
+    assert error(chosen) == pytest.approx(max(errors), rel=1e-12)
+    assert max(errors) > 1.01 * min(errors)
 
 
 def test_more_bits_leave_less_error() -> None:
     weight, metric = gaussian(64, 256), hessian(256)
     errors = [
-        relative_error(
-            weight,
-            torch.from_numpy(quantize(weight, metric, LayerOptions(bits=bits)).dequantize()),
-            metric,
-        )
+        relative_error(weight, quantize_one(weight, metric, bits), metric)
         for bits in (1.2, 2.0, 2.6, 4.0)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -195,9 +291,7 @@ def test_more_bits_leave_less_error() -> None:
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
     weight, metric = gaussian(32, 192), hessian(192)
-    first, again, other = (
-        quantize(weight, metric, LayerOptions(bits=2.2, seed=seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (quantize_one(weight, metric, bits=2.2, seed=seed) for seed in (1, 1, 2))
     assert first.codes.tobytes() == again.codes.tobytes()
     assert first.coefficients.tobytes() == again.coefficients.tobytes()
     if first.hadamard_block:
@@ -206,13 +300,13 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
 
 def test_scaling_the_hessian_changes_nothing() -> None:
     weight, metric = gaussian(32, 192), hessian(192)
-    first = quantize(weight, metric, LayerOptions(bits=2.2))
-    scaled = quantize(weight, metric * 1024, LayerOptions(bits=2.2))
+    first = quantize_one(weight, metric, bits=2.2)
+    scaled = quantize_one(weight, metric * 1024, bits=2.2)
     assert first.codes.tobytes() == scaled.codes.tobytes()
     assert first.coefficients.tobytes() == scaled.coefficients.tobytes()
 
 
 def test_inputs_that_are_always_zero_are_survived() -> None:
     weight = gaussian(32, 128)
-    packed = quantize(weight, torch.zeros(128, 128), LayerOptions(bits=2.5))
+    packed = quantize_one(weight, torch.zeros(128, 128), bits=2.5)
     assert torch.isfinite(torch.from_numpy(packed.dequantize())).all()

@@ -229,6 +229,17 @@ def test_bench_compares_and_ends_with_json(make_bundle: Any, tmp_path: Path) -> 
     assert "RssAnon" in result.stdout
 
 
+def test_bench_profiles_at_a_length_of_context(bundle: Any, tmp_path: Path) -> None:
+    result = _run(
+        tmp_path, "bench", bundle.graph, "--repeats", "1", "--warmups", "0", "--new-tokens", "4",
+        "--prompt", "hi", "--context", "30", "--profile",
+    )  # fmt: skip
+    (model,) = _last_json(result)["models"]
+    assert model["kv_cache_bytes"] == (30 + 3) * 16
+    assert model["profile"]["decode"]["cached"] == 31
+    assert "model: one decode step" in result.stdout
+
+
 def test_bench_refuses_a_missing_picture(bundle: Any, tmp_path: Path) -> None:
     result = _run(tmp_path, "bench", bundle.graph, "--image", "nope.png")
     assert result.returncode == 3

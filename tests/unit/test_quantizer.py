@@ -123,13 +123,39 @@ def test_budget_is_kept_over_all_layers_and_nearly_spent(bits: float) -> None:
     assert 8 * result.nbytes <= bits * numel
     assert result.true_bits == pytest.approx(8 * result.nbytes / numel)
     assert result.true_bits > 0.9 * bits
+    repeated = {name for names in result.stacked for name in names[1:]}
     assert result.nbytes == sum(
         tensor.nbytes
-        for weight in result.weights.values()
+        for name, weight in result.weights.items()
         if isinstance(weight, BinaryWeight)
-        for tensor in (weight.codes, weight.coefficients, weight.signs, weight.order)
+        for tensor in (
+            weight.codes,
+            weight.coefficients,
+            *((weight.signs, weight.order) if name not in repeated else ()),
+        )
         if tensor is not None
     )
+
+
+def test_layers_with_the_same_input_share_planes_and_transform() -> None:
+    result = quantize_model(tiny_llava(), make_inputs(), QuantConfig(bits=2.3))
+    names = [name for name in result.weights if "language_model.layers.0" in name]
+    attention, mlp = names[:3], names[4:6]
+    assert [name.rsplit(".", 1)[1] for name in attention + mlp] == [
+        "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj",
+    ]  # fmt: skip
+    for group in (attention, mlp):
+        weights = [result.weights[name] for name in group]
+        plans = set()
+        for weight in weights:
+            assert isinstance(weight, BinaryWeight)
+            signs = None if weight.signs is None else weight.signs.tobytes()
+            order = None if weight.order is None else weight.order.tobytes()
+            plans.add((weight.plane_columns, weight.hadamard_block, signs, order))
+        assert len(plans) == 1
+    assert tuple(attention) in result.stacked
+    # 130 rows of gate_proj fill no whole panels, so up_proj cannot stand behind them
+    assert not any(name in names for names in result.stacked for name in mlp)
 
 
 def test_budget_below_one_plane_is_refused_with_the_least_that_works() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from PIL import Image
 from bivlm_edge import report
 from bivlm_edge.errors import BivlmError, RequestError
 from bivlm_edge.runtime.bench_worker import Job
-from bivlm_edge.runtime.benchmark import Contender, benchmark, machine, quartiles
+from bivlm_edge.runtime.benchmark import (
+    Contender,
+    add_profiles,
+    benchmark,
+    machine,
+    physical_cores,
+    quartiles,
+)
+from bivlm_edge.runtime.idle import wait_until_idle
 from bivlm_edge.runtime.process_memory import memory_bytes
 
 
@@ -23,9 +32,14 @@ def image(tmp_path: Path) -> str:
 
 
 def _contender(
-    bundle: Any, image: str | None, label: str = "mock", new_tokens: int = 4
+    bundle: Any,
+    image: str | None,
+    label: str = "mock",
+    new_tokens: int = 4,
+    context: int | None = None,
 ) -> Contender:
-    return Contender(label, Job(str(bundle.graph), image, "hi", new_tokens, 1, custom_ops=False))
+    job = Job(str(bundle.graph), image, "hi", new_tokens, 1, custom_ops=False, context=context)
+    return Contender(label, job)
 
 
 def test_two_models_take_turns(make_bundle: Any, image: str) -> None:
@@ -92,6 +106,65 @@ def test_answer_that_does_not_fit_the_context_is_refused(bundle: Any, image: str
         benchmark([_contender(bundle, image, new_tokens=39)], repeats=1, warmups=0)
 
 
+@pytest.mark.parametrize(("prunes", "kept"), [(False, 10), (True, 7)])
+def test_context_fills_the_cache_before_decoding(
+    make_bundle: Any, image: str, prunes: bool, kept: int
+) -> None:
+    bundle = make_bundle(prunes=prunes)
+    model = benchmark([_contender(bundle, image, context=30)], repeats=1, warmups=0)["models"][0]
+    assert (model["context"], model["kept_tokens"]) == (30, kept)
+    assert model["kv_cache_bytes"] == (30 + 3) * 16
+
+
+@pytest.mark.parametrize(
+    ("prunes", "context", "message"),
+    [
+        (False, 45, r"takes 48 tokens; --context is 45 and --new-tokens 4"),
+        (True, 42, r"--context is 42 \(45 with those that pruning dropped\) and --new-tokens 4"),
+        (False, 9, "--context 9 is less than the 10 tokens of the prompt"),
+        (False, 0, "--context must be 1 or more"),
+    ],
+)
+def test_context_that_does_not_fit_is_refused(
+    make_bundle: Any, image: str, prunes: bool, context: int, message: str
+) -> None:
+    bundle = make_bundle(prunes=prunes)
+    with pytest.raises(BivlmError, match=message):
+        benchmark([_contender(bundle, image, context=context)], repeats=1, warmups=0)
+
+
+def test_profile_splits_prefill_and_a_decode_step_by_operator(make_bundle: Any, image: str) -> None:
+    contender = _contender(make_bundle(), image, new_tokens=5, context=20)
+    result = benchmark([contender], repeats=1, warmups=0)
+    add_profiles(result, [contender])
+    profile = result["models"][0]["profile"]
+    prefill, decode = profile["prefill"], profile["decode"]
+    assert (prefill["tokens"], prefill["cached"], prefill["runs"]) == (10, 0, 5)
+    # four tokens follow the first; one of them is a warm-up
+    assert (decode["tokens"], decode["cached"], decode["runs"]) == (1, 21, 3)
+    counts = {row["op"]: row["count"] for row in decode["operators"]}
+    assert counts["CumSum"] == 1
+    assert sum(row["us"] for row in decode["operators"]) == decode["nodes_us"]
+    assert profile["decode_non_matmul_share"] == decode["non_matmul_share"] == 1.0
+    assert len(report.profile_tables(result["models"])) == 2
+    assert report.to_json(result)
+
+
+def test_waiting_ends_when_the_threads_rest_and_not_before() -> None:
+    done = threading.Event()
+
+    def spin() -> None:
+        while not done.is_set():
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    threading.Timer(0.15, done.set).start()
+    wait_until_idle()
+    assert done.is_set()
+    thread.join()
+
+
 @pytest.mark.parametrize(("repeats", "warmups", "new_tokens"), [(0, 0, 4), (1, -1, 4), (1, 0, 1)])
 def test_senseless_counts_are_refused(
     bundle: Any, repeats: int, warmups: int, new_tokens: int
@@ -110,4 +183,5 @@ def test_machine_names_the_processor_and_no_host() -> None:
     found = machine()
     assert found["cpu"]
     assert found["cores"] >= 1
+    assert 1 <= physical_cores() == found["physical_cores"] <= found["cores"]
     assert "host" not in " ".join(found)

@@ -69,6 +69,12 @@ def test_layer_left_in_float_needs_no_method(bundle: Any) -> None:
     assert (layer.method, layer.planes, layer.output_error) == (None, None, None)
 
 
+def test_operator_of_a_layer_is_passed_on_where_reported(bundle: Any) -> None:
+    assert inspect_bundle(bundle.graph).layers[0].node is None
+    _edit_report(bundle, layers=_layer(bundle, node="mock.gate_proj+up_proj"))
+    assert inspect_bundle(bundle.graph).layers[0].node == "mock.gate_proj+up_proj"
+
+
 def test_total_that_does_not_follow_from_the_reported_layers_is_refused(bundle: Any) -> None:
     _edit_report(bundle, true_bits_per_weight=1.0)
     with pytest.raises(ValidationError, match=r"claims 1\.0 .* the whole model"):

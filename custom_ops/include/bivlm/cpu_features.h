@@ -10,11 +10,14 @@ using IsaSet = uint32_t;
 
 namespace isa {
 inline constexpr IsaSet kNone = 0;
-inline constexpr IsaSet kAvx2 = 1U << 0;    // AVX2, FMA and F16C
-inline constexpr IsaSet kAvx512 = 1U << 1;  // AVX-512 F, BW, DQ, VL and VNNI
+inline constexpr IsaSet kAvx2 = 1U << 0;     // AVX2, FMA and F16C
+inline constexpr IsaSet kAvx512 = 1U << 1;   // AVX-512 F, BW, DQ, VL and VNNI
+inline constexpr IsaSet kAvxVnni = 1U << 2;  // VNNI of 256-bit vectors without AVX-512
+inline constexpr IsaSet kAmxInt8 = 1U << 3;  // AMX tiles and their int8 products
 }  // namespace isa
 
-// What this CPU has and its operating system has switched on.
+// What this CPU has and its operating system has switched on. The first call asks Linux for the
+// tile registers of AMX, which it gives to processes that ask; with other systems AMX is not used.
 IsaSet SupportedIsa();
 
 }  // namespace bivlm

@@ -1,8 +1,55 @@
 #include "bivlm/cpu_features.h"
 
-namespace bivlm {
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-IsaSet SupportedIsa() {
+namespace bivlm {
+#if defined(__x86_64__)
+namespace {
+
+// Intel SDM volume 2A, CPUID, leaf 7, subleaf 1.
+bool HasAvxVnni() {
+  unsigned last_subleaf = 0;
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  if (__get_cpuid_count(7, 0, &last_subleaf, &b, &c, &d) == 0 || last_subleaf < 1) return false;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+
+#if defined(__linux__)
+// Intel SDM volume 2A, CPUID, leaf 7, and volume 1, 13.3; Linux, Documentation/arch/x86/xstate.rst.
+bool HasAmxInt8() {
+  constexpr unsigned kTileAndInt8 = 3U << 24;
+  constexpr unsigned kTileState = 3U << 17;  // of XCR0
+  constexpr int kRequestPermission = 0x1023;
+  constexpr int kTileData = 18;
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if ((d & kTileAndInt8) != kTileAndInt8) return false;
+  unsigned low = 0;
+  unsigned high = 0;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & kTileState) != kTileState) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool HasAmxInt8() { return false; }
+#endif
+
+}  // namespace
+#endif
+
+static IsaSet FindIsa() {
   IsaSet supported = isa::kNone;
 #if defined(__x86_64__)
   // The builtin also asks whether the operating system saves the wide registers.
@@ -10,13 +57,20 @@ IsaSet SupportedIsa() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
     supported |= isa::kAvx2;
+    if (HasAvxVnni()) supported |= isa::kAvxVnni;  // the same registers, so they are switched on
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
     supported |= isa::kAvx512;
+    if (HasAmxInt8()) supported |= isa::kAmxInt8;
   }
 #endif
+  return supported;
+}
+
+IsaSet SupportedIsa() {
+  static const IsaSet supported = FindIsa();
   return supported;
 }
 

@@ -5,6 +5,7 @@
 
 #include "adaptor.h"
 #include "bivlm/binary_matmul.h"
+#include "huge_pages.h"
 #include "operators.h"
 
 namespace bivlm::ort {
@@ -30,6 +31,8 @@ struct Kernel {
   std::string label;
   const BinaryMatMulKernel* kernel = nullptr;
   BinaryMatMulWeight weight;  // with the pointers of the constant inputs, which are checked
+  const uint8_t* constant_codes = nullptr;    // as ONNX Runtime has them
+  std::shared_ptr<const uint8_t> huge_codes;  // weight.codes, if they were copied
 };
 
 int64_t Signed(std::size_t value) { return static_cast<int64_t>(value); }
@@ -113,6 +116,12 @@ Status* CreateKernel(const CustomOp*, const Api* api, const KernelInfo* info, vo
     tensors.signs = ConstantInput(api, info, kSigns);
     tensors.order = ConstantInput(api, info, kOrder);
     SetWeightTensors(tensors, &kernel->weight);
+    kernel->constant_codes = kernel->weight.codes;
+    if (HugePagesWanted() && tensors.codes) {
+      kernel->huge_codes = CopyToHugePages(kernel->weight.codes,
+                                           kernel->weight.panels * kernel->weight.panel_code_bytes);
+      kernel->weight.codes = kernel->huge_codes.get();
+    }
 
     const std::string forced = ForcedKernel();
     kernel->kernel = SelectBinaryMatMul(SupportedIsa(), forced);
@@ -132,7 +141,7 @@ BinaryMatMulWeight WeightOfCall(const Kernel& kernel, const KernelContext* conte
   };
   BinaryMatMulWeight weight = kernel.weight;
   WeightTensors tensors;
-  tensors.codes = unchecked(kCodes, weight.codes);
+  tensors.codes = unchecked(kCodes, kernel.constant_codes);
   tensors.coefficients = unchecked(kCoefficients, weight.coefficients);
   tensors.signs = unchecked(kSigns, weight.signs);
   tensors.order = unchecked(kOrder, weight.order);

@@ -18,7 +18,7 @@ from bivlm_edge.quant.packed import FORMAT
 Method = Literal["bivlm-edge", "nbits4"]
 Progress = Callable[[str, int, int], None]
 
-NAMES = ("smolvlm-256m", "smolvlm-500m", "llava-ov-0.5b")
+NAMES = ("smolvlm-256m", "smolvlm-500m", "llava-ov-0.5b", "qwen2.5-vl-3b")
 METHODS: tuple[Method, ...] = get_args(Method)
 
 

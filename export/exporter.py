@@ -99,8 +99,7 @@ def export_model(
     paths = check_target(target, overwrite=overwrite)
     if not items:
         raise RequestError("no calibration pictures were given; at least one is needed.")
-    if config.quant.method == "bivlm-edge" or config.prune.is_active:
-        custom_ops_library()  # validation needs it: better missed now than after quantizing
+    custom_ops_library()  # validation needs it: better missed now than after quantizing
     tell = progress or _tell_nobody
     started = time.perf_counter()
     quantized = _quantize(vlm, items, config.quant, tell)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import onnx_ir as ir
+from onnx import FunctionProto
 
 from bivlm_edge.config import Fallback
-from bivlm_edge.export import fallback, fallback_prune, schemas
+from bivlm_edge.export import fallback, fallback_attention, fallback_prune, schemas
 
 
 def attach(model: ir.Model, kind: Fallback) -> None:
@@ -23,18 +25,28 @@ def attach(model: ir.Model, kind: Fallback) -> None:
     for node in model.graph.all_nodes():
         if node.domain != schemas.DOMAIN:
             continue
-        if node.op_type == "BinaryMatMul":
-            matmul = _binary_matmul_configuration(node)
-            overload = matmul.overload
-            write = partial(fallback.binary_matmul_function, matmul, kind)
-        else:
-            prune = _token_prune_configuration(node)
-            overload = prune.overload
-            write = partial(fallback_prune.token_prune_function, prune)
+        overload, write = _function(node, kind, opset)
         node.overload = overload
         key = (node.domain, node.op_type, overload)
         if key not in model.functions:
-            model.functions[key] = ir.serde.deserialize_function(write(overload, opset))
+            model.functions[key] = ir.serde.deserialize_function(write())
+
+
+def _function(
+    node: ir.Node, kind: fallback.Kind, opset: int
+) -> tuple[str, Callable[[], FunctionProto]]:
+    """Return the overload of a node's function, and what writes the function."""
+    if node.op_type == "BinaryMatMul":
+        matmul = _binary_matmul_configuration(node)
+        return matmul.overload, partial(
+            fallback.binary_matmul_function, matmul, kind, matmul.overload, opset
+        )
+    if node.op_type == "GroupQueryAttention":
+        return "", partial(fallback_attention.group_query_attention_function, opset)
+    prune = _token_prune_configuration(node)
+    return prune.overload, partial(
+        fallback_prune.token_prune_function, prune, prune.overload, opset
+    )
 
 
 def _binary_matmul_configuration(node: ir.Node) -> fallback.BinaryMatMulConfiguration:

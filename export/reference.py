@@ -1,7 +1,8 @@
 """The operators of OPS.md in numpy, as plain as the text: float64, no speed, own unpacking.
 
 Every other implementation is tested against this one, so it shares no code with them. The classes
-serve `onnx.reference.ReferenceEvaluator(model, new_ops=[BinaryMatMul, TokenPrune])`.
+serve `onnx.reference.ReferenceEvaluator(model, new_ops=[BinaryMatMul, TokenPrune,
+GroupQueryAttention])`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,41 @@ class BinaryMatMul(OpRun):
         return (y.astype(x.dtype),)
 
 
+class GroupQueryAttention(OpRun):
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        past_key: Array,
+        past_value: Array,
+        seqlens_k: Array,
+        total_sequence_length: Array,
+        num_heads: int = 0,
+        kv_num_heads: int = 0,
+        scale: float | None = None,
+    ) -> tuple[Array, Array, Array]:
+        if num_heads % kv_num_heads or past_key.shape[1] != kv_num_heads:
+            raise ValueError(
+                f"GroupQueryAttention: {num_heads} heads, {kv_num_heads} kv heads, past_key of "
+                f"shape {past_key.shape}: the heads are a multiple of the second axis of past_key"
+            )
+        output, present_key, present_value = group_query_attention(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            seqlens_k,
+            int(total_sequence_length.item()),
+            num_heads=num_heads,
+            scale=scale or 0.0,
+        )
+        return output.astype(query.dtype), present_key, present_value
+
+
 class TokenPrune(OpRun):
     op_domain = DOMAIN
 
@@ -79,6 +115,48 @@ class TokenPrune(OpRun):
         attributes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         outputs = token_prune(hidden, scores, segments, keep, metric, **attributes)
         return outputs[: len(self.onnx_node.output)]
+
+
+def group_query_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    past_key: Array,
+    past_value: Array,
+    seqlens_k: Array,
+    total: int,
+    *,
+    num_heads: int,
+    scale: float = 0.0,
+) -> tuple[NDArray[np.float64], Array, Array]:
+    """Return output float64 `[B, S, num_heads * d]`, present_key and present_value."""
+    (batch, kv_heads, capacity, d), new = past_key.shape, query.shape[1]
+    factor = scale or 1 / math.sqrt(d)
+    shape = (batch, kv_heads, max(capacity, total), d)
+    present_key, present_value = (np.zeros(shape, query.dtype) for _ in range(2))
+    output = np.zeros((batch, new, num_heads, d))
+    for b in range(batch):
+        tokens = int(seqlens_k[b]) + 1
+        past = tokens - new
+        for present, old, states in (
+            (present_key, past_key, key),
+            (present_value, past_value, value),
+        ):
+            present[b, :, :past] = old[b, :, :past]
+            for token in range(new):
+                present[b, :, past + token] = states[b, token].reshape(kv_heads, d)
+        for head in range(num_heads):
+            kv_head = head // (num_heads // kv_heads)
+            for token in range(new):
+                q = query[b, token].reshape(num_heads, d)[head].astype(np.float64)
+                keys, values = (
+                    present[b, kv_head, : past + token + 1].astype(np.float64)
+                    for present in (present_key, present_value)
+                )
+                scores = factor * (keys @ q)
+                weights = np.exp(scores - scores.max())
+                output[b, token, head] = weights @ values / weights.sum()
+    return output.reshape(batch, new, num_heads * d), present_key, present_value
 
 
 def binary_matmul(

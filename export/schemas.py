@@ -17,6 +17,11 @@ DOMAIN = "ai.bivlm"
 OPSET_VERSION = 1
 MICROSOFT_DOMAIN = "com.microsoft"
 
+ATTENTION_INPUTS = (
+    *("query", "key", "value", "past_key", "past_value"),
+    *("seqlens_k", "total_sequence_length"),
+)
+ATTENTION_OUTPUTS = ("output", "present_key", "present_value")
 PRUNE_MODES = ("topk_score", "maxmin", "mmr", "uniform", "random", "none")
 
 _Dim = int | str | None
@@ -27,8 +32,13 @@ _FLOATS = ["tensor(float)", "tensor(float16)"]
 
 
 def register() -> None:
-    """Register the three schemas with `onnx.defs`; a second call does nothing."""
-    for schema in (_binary_matmul_schema(), _token_prune_schema(), _matmul_nbits_schema()):
+    """Register the four schemas with `onnx.defs`; a second call does nothing."""
+    for schema in (
+        _binary_matmul_schema(),
+        _attention_schema(),
+        _token_prune_schema(),
+        _matmul_nbits_schema(),
+    ):
         if not defs.has(schema.name, schema.domain):
             defs.register_schema(schema)
 
@@ -61,6 +71,44 @@ def _binary_matmul_schema() -> defs.OpSchema:
         ],
     )
     schema.set_type_and_shape_inference_function(_reported("BinaryMatMul", _infer_binary_matmul))
+    return schema
+
+
+def _attention_schema() -> defs.OpSchema:
+    shapes = {
+        "query": "[B, S, num_heads * d]",
+        "key": "[B, S, kv_num_heads * d]",
+        "value": "[B, S, kv_num_heads * d]",
+        "past_key": "[B, kv_num_heads, P, d]",
+        "past_value": "[B, kv_num_heads, P, d]",
+        "seqlens_k": "[B]: index of the last token after this run",
+        "total_sequence_length": "one element: the largest of these indices + 1",
+    }
+    schema = defs.OpSchema(
+        "GroupQueryAttention",
+        DOMAIN,
+        OPSET_VERSION,
+        doc=(
+            "Causal attention of grouped heads behind a KV cache, in place where past and present "
+            "are one buffer. The numbers: OPS.md."
+        ),
+        inputs=[
+            _Parameter(name, "T" if index < 5 else "tensor(int32)", shapes[name])
+            for index, name in enumerate(ATTENTION_INPUTS)
+        ],
+        outputs=[
+            _Parameter("output", "T", "[B, S, num_heads * d]"),
+            _Parameter("present_key", "T", "[B, kv_num_heads, max(P, total), d]"),
+            _Parameter("present_value", "T", "[B, kv_num_heads, max(P, total), d]"),
+        ],
+        type_constraints=[("T", _FLOATS, "float32 or float16")],
+        attributes=[
+            _Attribute("num_heads", _AttrType.INT, "query heads"),
+            _Attribute("kv_num_heads", _AttrType.INT, "heads of the cache; divides num_heads"),
+            _default("scale", 0.0, "factor on the scores; 0: 1 / sqrt(d)"),
+        ],
+    )
+    schema.set_type_and_shape_inference_function(_reported("GroupQueryAttention", _infer_attention))
     return schema
 
 
@@ -185,6 +233,27 @@ def _infer_binary_matmul(context: InferenceContext) -> None:
         for dim, wanted in zip(dims, shape, strict=True):
             _require_dim(dim, wanted, f"an axis of {name} {dims}", f"the shape {shape}")
     _infer_matmul(context)
+
+
+def _infer_attention(context: InferenceContext) -> None:
+    heads, kv_heads = _attribute(context, "num_heads").i, _attribute(context, "kv_num_heads").i
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise InferenceError(
+            f"num_heads = {heads} is no multiple of kv_num_heads = {kv_heads}, or below 1"
+        )
+    query = _dims(context, 0)
+    if query is not None and len(query) != 3:
+        raise InferenceError(f"query has shape {query}; it needs three axes [B, S, num_heads * d]")
+    _set_output(context, 0, _element(context), query)
+    for index in (3, 4):
+        past = _dims(context, index)
+        if past is not None and len(past) != 4:
+            name = ATTENTION_INPUTS[index]
+            raise InferenceError(f"{name} has shape {past}; it needs [B, kv_num_heads, P, d]")
+        if past is not None:
+            _require_dim(past[1], kv_heads, "an axis of the past", f"kv_num_heads = {kv_heads}")
+            past[2] = None
+        _set_output(context, index - 2, _element(context), past)
 
 
 def _infer_token_prune(context: InferenceContext) -> None:

@@ -1,8 +1,9 @@
-"""Transformer operators of ONNX Runtime as torch custom ops, and how they are exported.
+"""Transformer operators as torch custom ops, and how they are exported.
 
-As in torch_ops.py the eager forms are slow and exact. Why these and not the standard operators:
-GroupQueryAttention writes keys and values into the cache in place, and the operators exist for
-every opset that we write.
+As in torch_ops.py the eager forms are slow and exact. GroupQueryAttention is our library's, with
+ONNX Runtime's operator as its function; the others are ONNX Runtime's. Why these and not the
+standard operators: GroupQueryAttention writes keys and values into the cache in place, and the
+operators exist for every opset that we write.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from onnx import defs, helper
 from torch import Tensor
 
-from bivlm_edge.export.schemas import MICROSOFT_DOMAIN
+from bivlm_edge.export.schemas import DOMAIN, MICROSOFT_DOMAIN, OPSET_VERSION
 
+_ai_bivlm = onnxscript.values.Opset(DOMAIN, OPSET_VERSION)
 _com_microsoft = onnxscript.values.Opset(MICROSOFT_DOMAIN, 1)
 _FLOATS = ["tensor(float)", "tensor(float16)"]
 
@@ -55,7 +57,7 @@ def group_query_attention(
     num_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """com.microsoft.GroupQueryAttention without rotary: causal attention behind a KV cache.
+    """ai.bivlm.GroupQueryAttention of OPS.md: causal attention behind a KV cache.
 
     Args:
         query: ``(B, S, num_heads * head_dim)``.
@@ -182,7 +184,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         num_heads: int,
         scale: float,
     ) -> Any:
-        return _com_microsoft.GroupQueryAttention(
+        return _ai_bivlm.GroupQueryAttention(
             query,
             key,
             value,

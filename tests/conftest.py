@@ -133,6 +133,8 @@ def single_node_model(
     first = element[next(iter(inputs))]
     types = [first] + [TensorProto.INT64] * (len(outputs) - 1)
     ranks = [given[next(iter(inputs))].ndim, 2, 1]
+    if operator == "GroupQueryAttention":
+        types, ranks = [first] * 3, [3, 4, 4]
     graph = helper.make_graph(
         [node],
         "one_node",
@@ -213,6 +215,42 @@ def draw_prune_case(seed: int, mode: str) -> tuple[dict[str, Array | None], dict
     return inputs, attributes
 
 
+def draw_attention_case(seed: int) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return inputs and attributes of GroupQueryAttention; the past behind its tokens is NaN.
+
+    The cases are those that ONNX Runtime's operator computes, too: behind a past several tokens
+    take a batch of one, and the rows of a batch have equal lengths.
+    """
+    rng = np.random.default_rng(seed)
+    dtype = np.float32 if seed % 2 else np.float16
+    kv_heads, group = int(rng.integers(1, 4)), int(rng.integers(1, 6))
+    width = 8 * int(rng.integers(1, 10))
+    kind = seed // 2 % 3
+    batch = int(rng.integers(1, 4)) if kind else 1
+    new = 1 if kind == 1 else int(rng.integers(1, 80))
+    past = 0 if kind == 2 else int(rng.integers(0, 150))
+    capacity = past + (new if rng.random() < 0.5 else int(rng.integers(0, 3)))
+
+    def draw(*shape: int) -> Array:
+        return rng.normal(size=shape).astype(dtype)
+
+    inputs = {
+        "query": draw(batch, new, group * kv_heads * width),
+        "key": draw(batch, new, kv_heads * width),
+        "value": draw(batch, new, kv_heads * width),
+        "past_key": draw(batch, kv_heads, capacity, width),
+        "past_value": draw(batch, kv_heads, capacity, width),
+        "seqlens_k": np.full(batch, past + new - 1, np.int32),
+        "total_sequence_length": np.array([past + new], np.int32),
+    }
+    for name in ("past_key", "past_value"):
+        inputs[name][:, :, past:] = np.nan  # must not be read
+    attributes: dict[str, Any] = {"num_heads": group * kv_heads, "kv_num_heads": kv_heads}
+    if rng.random() < 0.7:
+        attributes["scale"] = float(np.float32(rng.uniform(0.05, 0.5)))
+    return inputs, attributes
+
+
 def run_model(
     model: onnx.ModelProto,
     inputs: dict[str, Array | None],
@@ -278,6 +316,11 @@ def make_model() -> Callable[..., onnx.ModelProto]:
 @pytest.fixture(scope="session")
 def run() -> Callable[..., list[Array]]:
     return run_model
+
+
+@pytest.fixture(scope="session")
+def attention_case() -> Callable[[int], tuple[dict[str, Array], dict[str, Any]]]:
+    return draw_attention_case
 
 
 @pytest.fixture(scope="session")

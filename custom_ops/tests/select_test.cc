@@ -1,6 +1,7 @@
 // Which kernel a CPU gets, asked for CPUs that this one is not.
 #include <string>
 
+#include "bivlm/attention.h"
 #include "bivlm/binary_matmul.h"
 #include "bivlm/token_prune.h"
 #include "check.h"
@@ -16,15 +17,18 @@ std::string Name(const Kernel* kernel) {
 void ExpectName(Checker* check, IsaSet supported, const char* forced, const std::string& want) {
   const std::string matmul = Name(SelectBinaryMatMul(supported, forced));
   const std::string prune = Name(SelectTokenPrune(supported, forced));
-  check->Expect(matmul == want && prune == want, "features ", supported, " forced '", forced,
-                "': got ", matmul, " and ", prune, ", want ", want);
+  const std::string attention = Name(SelectAttention(supported, forced));
+  check->Expect(matmul == want && prune == want && attention == want, "features ", supported,
+                " forced '", forced, "': got ", matmul, ", ", prune, " and ", attention, ", want ",
+                want);
 }
 
 void ExpectAvailable(Checker* check, IsaSet supported, const std::string& want) {
   const std::string matmul = AvailableBinaryMatMulNames(supported);
   const std::string prune = AvailableTokenPruneNames(supported);
-  check->Expect(matmul == want && prune == want, "available with features ", supported, ": got ",
-                matmul, " and ", prune, ", want ", want);
+  const std::string attention = AvailableAttentionNames(supported);
+  check->Expect(matmul == want && prune == want && attention == want, "available with features ",
+                supported, ": got ", matmul, ", ", prune, " and ", attention, ", want ", want);
 }
 
 void EveryBuild(Checker* check) {
@@ -36,10 +40,14 @@ void EveryBuild(Checker* check) {
   ExpectName(check, ~isa::kNone, "AVX2", "none");
   ExpectAvailable(check, isa::kNone, "generic");
   const BinaryMatMulKernelList kernels = BinaryMatMulKernels();
-  check->Expect(kernels.count == TokenPruneKernels().count, "the lists differ in length");
+  check->Expect(
+      kernels.count == TokenPruneKernels().count && kernels.count == AttentionKernels().count,
+      "the lists differ in length");
   for (std::size_t i = 0; i < kernels.count; ++i) {
     const std::string name = kernels.first[i].name;
-    check->Expect(name == TokenPruneKernels().first[i].name, "the lists differ at ", name);
+    check->Expect(
+        name == TokenPruneKernels().first[i].name && name == AttentionKernels().first[i].name,
+        "the lists differ at ", name);
     check->Expect((kernels.first[i].isa == isa::kNone) == (i + 1 == kernels.count),
                   "generic must be last, and alone need nothing: ", name);
   }

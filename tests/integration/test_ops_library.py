@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
 import bivlm_edge
 from bivlm_edge.errors import OpsLibraryError
-from bivlm_edge.export import reference
+from bivlm_edge.export import reference, schemas
 from bivlm_edge.export.fallback import BinaryMatMulConfiguration, binary_matmul_function
+from bivlm_edge.export.fallback_attention import group_query_attention_function
 from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prune_function
 
 Array = NDArray[Any]
@@ -189,6 +191,7 @@ def test_library_wins_over_the_functions(
     library: str,
     make_packed: Callable[..., Any],
     make_model: Callable[..., Any],
+    attention_case: Callable[..., Any],
     prune_case: Callable[..., Any],
     run: Callable[..., Any],
     tmp_path: Path,
@@ -202,6 +205,14 @@ def test_library_wins_over_the_functions(
     run(model, {"X": x}, library=library, optimized=optimized)
     assert [node.op_type for node in onnx.load(optimized).graph.node] == ["BinaryMatMul"]
 
+    inputs, attributes = attention_case(0)
+    function = group_query_attention_function(23)
+    outputs = list(schemas.ATTENTION_OUTPUTS)
+    model = make_model("GroupQueryAttention", inputs, outputs, functions=[function], **attributes)
+    run(model, inputs, library=library, optimized=optimized)
+    (node,) = onnx.load(optimized).graph.node
+    assert (node.domain, node.op_type) == ("ai.bivlm", "GroupQueryAttention")
+
     inputs, attributes = prune_case(0, "mmr")
     given: dict[str, Any] = {
         name: value is not None for name, value in inputs.items() if name != "hidden"
@@ -212,6 +223,74 @@ def test_library_wins_over_the_functions(
     model = make_model("TokenPrune", inputs, outputs, functions=[function], **attributes)
     run(model, inputs, library=library, optimized=optimized)
     assert [node.op_type for node in onnx.load(optimized).graph.node] == ["TokenPrune"]
+
+
+def _require_attention(
+    inputs: dict[str, Array], attributes: dict[str, Any], results: list[Array]
+) -> None:
+    """Compare with the reference; the cache exactly."""
+    total = int(inputs["total_sequence_length"][0])
+    expected = reference.group_query_attention(
+        *list(inputs.values())[:6],
+        total,
+        num_heads=attributes["num_heads"],
+        scale=attributes.get("scale", 0.0),
+    )
+    # sums of up to 240 terms in float32; float16 rounds the output once, to 11 bits
+    tolerance = 4e-6 if inputs["query"].dtype == np.float32 else 1e-3
+    assert results[0].dtype == inputs["query"].dtype
+    np.testing.assert_allclose(results[0], expected[0], rtol=tolerance, atol=tolerance)
+    for found, wanted in zip(results[1:], expected[1:], strict=True):
+        assert found.shape == wanted.shape
+        np.testing.assert_array_equal(found[:, :, :total], wanted[:, :, :total])
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_attention_equals_the_reference(
+    seed: int,
+    library: str,
+    attention_case: Callable[..., Any],
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    inputs, attributes = attention_case(seed)
+    outputs = list(schemas.ATTENTION_OUTPUTS)
+    model = make_model("GroupQueryAttention", inputs, outputs, **attributes)
+    results = run(model, inputs, library=library, threads=1 + seed // 6 % 2)
+    _require_attention(inputs, attributes, results)
+    # new memory: nothing of what lay behind the past's tokens comes along
+    assert not any(np.isnan(result).any() for result in results)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_in_place_writes_the_new_tokens_alone(
+    seed: int, library: str, attention_case: Callable[..., Any], make_model: Callable[..., Any]
+) -> None:
+    inputs, attributes = attention_case(seed)
+    total = int(inputs["total_sequence_length"][0])
+    for name in ("past_key", "past_value"):
+        room = max(0, total + 2 - inputs[name].shape[2])
+        inputs[name] = np.pad(
+            inputs[name], [(0, 0), (0, 0), (0, room), (0, 0)], constant_values=np.nan
+        )
+    outputs = list(schemas.ATTENTION_OUTPUTS)
+    model = make_model("GroupQueryAttention", inputs, outputs, **attributes)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(library)
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    binding = session.io_binding()
+    given = {name: array.copy() for name, array in inputs.items()}
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in given.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("output")
+    for name in ("key", "value"):
+        binding.bind_ortvalue_output(f"present_{name}", values[f"past_{name}"])
+    session.run_with_iobinding(binding)
+    results = [value.numpy() for value in binding.get_outputs()]
+    _require_attention(inputs, attributes, results)
+    for result in results[1:]:
+        assert np.isnan(result[:, :, total:]).all(), "written behind the tokens"
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -98,6 +98,65 @@ def test_huge_pages_are_1_or_0(
         run(model, {"X": inputs["X"]}, library=library)
 
 
+def _floats(*shape: int) -> Array:
+    return np.zeros(shape, np.float32)
+
+
+def _int32(*values: int) -> Array:
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_heads": 5}, "num_heads is 5 and kv_num_heads 2"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"kv_num_heads": -1}, "kv_num_heads -1"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"query": _floats(2, 3, 50)}, r"query is \[2, 3, 50\].*6 heads"),
+        ({"key": _floats(2, 3, 24)}, r"key is .*\[2, 3, 24\].*\[2, 3, 16\]"),
+        ({"value": _floats(2, 4, 16)}, r"value is .*\[2, 4, 16\].*\[2, 3, 16\]"),
+        ({"past_key": _floats(2, 2, 6, 8)}, r"past_value is .*\[2, 2, 5, 8\].*\[2, 2, 6, 8\]"),
+        ({"past_key": _floats(2, 3, 5, 8)}, r"past_key is .*\[2, 3, 5, 8\].*\[2, 2, 5, 8\]"),
+        ({"past_value": _floats(1, 2, 5, 8)}, r"past_value is .*\[1, 2, 5, 8\]"),
+        ({"seqlens_k": _int32(4)}, r"seqlens_k is .*\[1\].*\[2\]"),
+        ({"seqlens_k": _int32(4, 5)}, "seqlens_k is 5 in row 1, expected 2 to 4"),
+        ({"seqlens_k": _int32(1, 4)}, "seqlens_k is 1 in row 0, expected 2 to 4"),
+        ({"seqlens_k": _int32(-9, 4)}, "seqlens_k is -9 in row 0"),
+        (
+            {"seqlens_k": _int32(8, 8), "total_sequence_length": _int32(9)},
+            "seqlens_k is 8 in row 0, expected 2 to 7",
+        ),
+        ({"total_sequence_length": _int32(2)}, "total_sequence_length is 2, less than the 3"),
+        ({"total_sequence_length": _int32(5, 5)}, r"total_sequence_length is int32 \[2\]"),
+    ],
+)
+def test_attention_refuses(
+    changed: dict[str, Any],
+    words: str,
+    library: str,
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    inputs: dict[str, Any] = {
+        "query": _floats(2, 3, 48),
+        "key": _floats(2, 3, 16),
+        "value": _floats(2, 3, 16),
+        "past_key": _floats(2, 2, 5, 8),
+        "past_value": _floats(2, 2, 5, 8),
+        "seqlens_k": _int32(4, 4),
+        "total_sequence_length": _int32(5),
+    }
+    attributes: dict[str, Any] = {"num_heads": 6, "kv_num_heads": 2}
+    inputs |= {name: value for name, value in changed.items() if name in inputs}
+    attributes |= {name: value for name, value in changed.items() if name not in inputs}
+    outputs = ["output", "present_key", "present_value"]
+    model = make_model("GroupQueryAttention", inputs, outputs, **attributes)
+    with pytest.raises(REFUSALS, match="GroupQueryAttention") as error:
+        run(model, inputs, library=library)
+    assert re.search(words, str(error.value)), error.value
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

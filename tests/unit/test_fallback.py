@@ -12,13 +12,14 @@ import pytest
 from numpy.typing import NDArray
 
 from bivlm_edge.errors import RequestError
-from bivlm_edge.export import reference
+from bivlm_edge.export import reference, schemas
 from bivlm_edge.export.fallback import (
     BinaryMatMulConfiguration,
     Kind,
     Order,
     binary_matmul_function,
 )
+from bivlm_edge.export.fallback_attention import group_query_attention_function
 from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prune_function
 
 Array = NDArray[Any]
@@ -241,3 +242,37 @@ def test_ratio_rounds_up_but_not_for_the_float32_of_a_tenth(
 def test_token_prune_that_no_body_can_do_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         TokenPruneConfiguration(**wrong)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_function_equals_the_reference(
+    seed: int,
+    attention_case: Callable[..., Any],
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    schemas.register()
+    inputs, attributes = attention_case(seed)
+    expected = reference.group_query_attention(
+        *list(inputs.values())[:6],
+        int(inputs["total_sequence_length"][0]),
+        num_heads=attributes["num_heads"],
+        scale=attributes.get("scale", 0.0),
+    )
+    function = group_query_attention_function(23)
+    model = make_model(
+        "GroupQueryAttention",
+        inputs,
+        list(schemas.ATTENTION_OUTPUTS),
+        functions=[function],
+        **attributes,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    results = run(model, inputs)
+    tokens = int(inputs["total_sequence_length"][0])
+    # sums of up to 240 terms in float32; float16 rounds the output once, to 11 bits
+    tolerance = 4e-6 if results[0].dtype == np.float32 else 4e-3
+    np.testing.assert_allclose(results[0], expected[0], rtol=tolerance, atol=tolerance)
+    for found, wanted in zip(results[1:], expected[1:], strict=True):
+        assert found.shape == wanted.shape
+        np.testing.assert_array_equal(found[:, :, :tokens], wanted[:, :, :tokens])

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from bivlm_edge.export import reference
+from bivlm_edge.export import reference, transformer_ops
 
 Array = NDArray[Any]
 
@@ -124,6 +125,44 @@ def test_classes_run_in_the_evaluator_of_onnx(
 )
 def test_philox_known_answers(counter: list[int], key: list[int], words: tuple[int, ...]) -> None:
     assert reference.philox4x32_10(counter, key) == words
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_is_that_of_torch(seed: int, attention_case: Callable[..., Any]) -> None:
+    inputs, attributes = attention_case(seed)
+    heads = attributes["num_heads"]
+    width = inputs["query"].shape[2] // heads
+    scale = attributes.get("scale", width**-0.5)
+    total = int(inputs["total_sequence_length"][0])
+    found = reference.group_query_attention(
+        *list(inputs.values())[:6], total, num_heads=heads, scale=attributes.get("scale", 0.0)
+    )
+    tensors = (torch.from_numpy(array) for array in inputs.values())
+    expected = transformer_ops.group_query_attention(*tensors, heads, scale)
+    # torch computes in float32 and rounds once to the type
+    tolerance = 4e-6 if inputs["query"].dtype == np.float32 else 1e-3
+    np.testing.assert_allclose(found[0], expected[0].numpy(), rtol=tolerance, atol=tolerance)
+    for mine, theirs in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(mine[:, :, :total], theirs.numpy()[:, :, :total])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_attention_operator_runs_the_reference(
+    seed: int, attention_case: Callable[..., Any], make_model: Callable[..., Any]
+) -> None:
+    inputs, attributes = attention_case(seed)
+    model = make_model("GroupQueryAttention", inputs, ["o", "k", "v"], **attributes)
+    evaluator = ReferenceEvaluator(model, new_ops=[reference.GroupQueryAttention])
+    results = evaluator.run(None, inputs)
+    expected = reference.group_query_attention(
+        *list(inputs.values())[:6],
+        int(inputs["total_sequence_length"][0]),
+        num_heads=attributes["num_heads"],
+        scale=attributes.get("scale", 0.0),
+    )
+    for found, wanted in zip(results, expected, strict=True):
+        assert found.dtype == inputs["query"].dtype
+        np.testing.assert_array_equal(found, wanted.astype(found.dtype))
 
 
 # TokenPrune: the table of edge cases

@@ -68,6 +68,7 @@ def test_register_twice_is_allowed() -> None:
     schemas.register()
     for name, domain in (
         ("BinaryMatMul", schemas.DOMAIN),
+        ("GroupQueryAttention", schemas.DOMAIN),
         ("TokenPrune", schemas.DOMAIN),
         ("MatMulNBits", schemas.MICROSOFT_DOMAIN),
     ):
@@ -84,6 +85,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         }
 
     assert defaults("BinaryMatMul") == {"hadamard_block": 0, "format": 1}
+    assert defaults("GroupQueryAttention") == {"scale": 0.0}
     assert defaults("TokenPrune") == {
         "mode": b"mmr",
         "keep_count": -1,
@@ -151,6 +153,46 @@ def test_token_prune_mode_is_checked(mode: str, message: str) -> None:
             ["pruned", "kept_indices"],
             mode=mode,
         )
+
+
+def _attention(heads: int, **changed: list[Any]) -> dict[str, tuple[int, list[Any]]]:
+    shapes = {
+        "query": ["batch", "tokens", 48],
+        "key": ["batch", "tokens", 16],
+        "value": ["batch", "tokens", 16],
+        "past_key": ["batch", 2, "past", 8],
+        "past_value": ["batch", 2, "past", 8],
+    } | changed
+    inputs = {name: (int(TensorProto.FLOAT16), shape) for name, shape in shapes.items()}
+    inputs["seqlens_k"] = (int(TensorProto.INT32), ["batch"])
+    inputs["total_sequence_length"] = (int(TensorProto.INT32), [1])
+    outputs = list(schemas.ATTENTION_OUTPUTS)
+    return _inferred("GroupQueryAttention", inputs, outputs, num_heads=heads, kv_num_heads=2)
+
+
+def test_attention_keeps_the_query_and_grows_the_past() -> None:
+    outputs = _attention(6)
+    assert outputs["output"] == (TensorProto.FLOAT16, ["batch", "tokens", 48])
+    for name in ("present_key", "present_value"):
+        element, shape = outputs[name]
+        assert (element, shape[0], shape[1], shape[3]) == (TensorProto.FLOAT16, "batch", 2, 8)
+        assert shape[2] not in ("past", 0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "changed", "message"),
+    [
+        (5, {}, "num_heads = 5 is no multiple of kv_num_heads = 2"),
+        (6, {"query": ["batch", 48]}, r"query has shape \['batch', 48\]"),
+        (6, {"past_key": ["batch", 2, 8]}, "past_key has shape"),
+        (6, {"past_value": ["batch", 3, 7, 8]}, "is 3; kv_num_heads = 2 needs 2"),
+    ],
+)
+def test_attention_shapes_that_disagree_are_refused(
+    heads: int, changed: dict[str, list[Any]], message: str
+) -> None:
+    with pytest.raises(InferenceError, match=f"GroupQueryAttention: .*{message}"):
+        _attention(heads, **changed)
 
 
 def test_matmul_nbits_has_the_shape_of_a_product() -> None:

@@ -1,4 +1,5 @@
 // From the lists of kernels to one kernel.
+#include "bivlm/attention.h"
 #include "bivlm/binary_matmul.h"
 #include "bivlm/token_prune.h"
 
@@ -9,6 +10,12 @@ constexpr BinaryMatMulKernel kBinaryMatMulKernels[] = {
 #define BIVLM_BINARY_MATMUL_KERNEL(needs, symbol, label) {label, needs, &(symbol)},
 #include "bivlm/binary_matmul_kernels.inc"
 #undef BIVLM_BINARY_MATMUL_KERNEL
+};
+
+constexpr AttentionKernel kAttentionKernels[] = {
+#define BIVLM_ATTENTION_KERNEL(needs, symbol, label) {label, needs, &(symbol)},
+#include "bivlm/attention_kernels.inc"
+#undef BIVLM_ATTENTION_KERNEL
 };
 
 constexpr TokenPruneKernel kTokenPruneKernels[] = {
@@ -61,6 +68,18 @@ const TokenPruneKernel* SelectTokenPrune(IsaSet supported, std::string_view forc
 
 std::string AvailableTokenPruneNames(IsaSet supported) {
   return Names(TokenPruneKernels(), supported);
+}
+
+AttentionKernelList AttentionKernels() {
+  return {kAttentionKernels, sizeof(kAttentionKernels) / sizeof(AttentionKernel)};
+}
+
+const AttentionKernel* SelectAttention(IsaSet supported, std::string_view forced) {
+  return Select(AttentionKernels(), supported, forced);
+}
+
+std::string AvailableAttentionNames(IsaSet supported) {
+  return Names(AttentionKernels(), supported);
 }
 
 }  // namespace bivlm

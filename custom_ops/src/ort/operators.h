@@ -15,8 +15,8 @@ struct Operator : CustomOp {
 
 Operator MakeBinaryMatMulOp(const Api* api);
 
-// ONNX Runtime allows one input of any type per operator, TokenPrune has two: one operator per
-// type.
+// ONNX Runtime allows one input of any type per operator, these have more: one operator per type.
+Operator MakeAttentionOp(const Api* api, ElementType type);
 Operator MakeTokenPruneOp(const Api* api, ElementType type);
 
 }  // namespace bivlm::ort

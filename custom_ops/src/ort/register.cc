@@ -24,12 +24,14 @@ uint32_t MinorVersion(const ApiBase* base) {
 // registration is never freed.
 struct Registration {
   const Api* api;
-  Operator ops[3];
+  Operator ops[5];
   CustomOpDomain* domain = nullptr;
 
   Registration(const Api* used, bool infers_shapes)
       : api(used),
-        ops{MakeBinaryMatMulOp(used), MakeTokenPruneOp(used, ElementType::kFloat32),
+        ops{MakeBinaryMatMulOp(used), MakeAttentionOp(used, ElementType::kFloat32),
+            MakeAttentionOp(used, ElementType::kFloat16),
+            MakeTokenPruneOp(used, ElementType::kFloat32),
             MakeTokenPruneOp(used, ElementType::kFloat16)} {
     Check(CreateCustomOpDomain::Call(api, kDomain, &domain));
     for (Operator& op : ops) {

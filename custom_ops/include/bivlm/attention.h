@@ -1,0 +1,96 @@
+// GroupQueryAttention: causal attention of grouped heads behind a KV cache. export/OPS.md says what
+// the operator computes.
+//
+// Letters: b rows of the batch, s new tokens per row, d features of a head, p positions of the
+// past. `heads / kv_heads` query heads, a group, share the keys and values of one kv head. A *row*
+// of a task is one query: one token and one head of the group.
+#ifndef BIVLM_ATTENTION_H_
+#define BIVLM_ATTENTION_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "bivlm/cpu_features.h"
+#include "bivlm/float16.h"
+#include "bivlm/parallel.h"
+
+namespace bivlm {
+
+struct AttentionArgs {
+  ElementType type = ElementType::kFloat32;  // of all tensors but last_index
+  std::size_t b = 0;
+  std::size_t s = 0;
+  std::size_t heads = 0;
+  std::size_t kv_heads = 0;
+  std::size_t d = 0;
+  std::size_t past_capacity = 0;        // p
+  std::size_t capacity = 0;             // positions of present
+  float scale = 0.0F;                   // factor on the scores
+  const int32_t* last_index = nullptr;  // (b): of the last token in present, >= s - 1
+  const void* query = nullptr;          // (b, s, heads * d)
+  const void* key = nullptr;            // (b, s, kv_heads * d)
+  const void* value = nullptr;          // (b, s, kv_heads * d)
+  const void* past_key = nullptr;       // (b, kv_heads, past_capacity, d)
+  const void* past_value = nullptr;     // (b, kv_heads, past_capacity, d)
+  void* output = nullptr;               // (b, s, heads * d), overwritten
+  void* present_key = nullptr;          // (b, kv_heads, capacity, d); may be past_key
+  void* present_value = nullptr;        // (b, kv_heads, capacity, d); may be past_value
+
+  std::size_t group() const { return heads / kv_heads; }
+  // Tokens of a row before this run.
+  std::size_t past(std::size_t row) const {
+    return static_cast<std::size_t>(last_index[row]) + 1 - s;
+  }
+};
+
+// The queries of one kv head and some tokens of a row of the batch.
+struct AttentionTask {
+  std::size_t row = 0;
+  std::size_t kv_head = 0;
+  std::size_t token_begin = 0;
+  std::size_t token_end = 0;
+};
+
+// One instruction set's implementation.
+struct AttentionFunctions {
+  // Floats of work space for a task of `tokens` tokens: a multiple of 16.
+  std::size_t (*work_floats)(const AttentionArgs& args, std::size_t tokens);
+  // Writes the task's part of the output. The keys and values are those of present, new ones
+  // included. `work` starts at a multiple of 64 bytes.
+  void (*attend)(const AttentionArgs& args, const AttentionTask& task, float* work);
+};
+
+struct AttentionKernel {
+  const char* name;
+  IsaSet isa;  // what it needs
+  const AttentionFunctions* functions;
+};
+
+#define BIVLM_ATTENTION_KERNEL(needs, symbol, label) extern const AttentionFunctions symbol;
+#include "bivlm/attention_kernels.inc"
+#undef BIVLM_ATTENTION_KERNEL
+
+struct AttentionKernelList {
+  const AttentionKernel* first;
+  std::size_t count;
+  const AttentionKernel* begin() const { return first; }
+  const AttentionKernel* end() const { return first + count; }
+};
+
+// All kernels of this build, best first.
+AttentionKernelList AttentionKernels();
+
+// As SelectBinaryMatMul.
+const AttentionKernel* SelectAttention(IsaSet supported, std::string_view forced);
+std::string AvailableAttentionNames(IsaSet supported);
+
+// Writes present, copying past only where it is other memory, then the output. Positions of present
+// behind the last token stay as they are in place and become 0 elsewhere. Throws std::bad_alloc.
+void RunAttention(const AttentionKernel& kernel, const AttentionArgs& args,
+                  const Executor& executor);
+
+}  // namespace bivlm
+
+#endif  // BIVLM_ATTENTION_H_

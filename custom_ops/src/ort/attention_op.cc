@@ -1,0 +1,193 @@
+// GroupQueryAttention as an ONNX Runtime operator: attributes, checks and shapes.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "adaptor.h"
+#include "bivlm/attention.h"
+#include "operators.h"
+
+namespace bivlm::ort {
+namespace {
+
+constexpr std::size_t kQuery = 0;
+constexpr std::size_t kKey = 1;
+constexpr std::size_t kValue = 2;
+constexpr std::size_t kPastKey = 3;
+constexpr std::size_t kPastValue = 4;
+constexpr std::size_t kLastIndex = 5;
+constexpr std::size_t kTotalLength = 6;
+constexpr std::size_t kInputs = 7;
+
+struct Kernel {
+  const Api* api = nullptr;
+  std::string label;
+  const AttentionKernel* kernel = nullptr;
+  int64_t heads = 0;
+  int64_t kv_heads = 0;
+  float scale = 0.0F;
+};
+
+Status* CreateKernel(const CustomOp*, const Api* api, const KernelInfo* info, void** out) noexcept {
+  std::string label = "GroupQueryAttention";
+  return Guard(api, label, [&] {
+    auto kernel = std::make_unique<Kernel>();
+    kernel->api = api;
+    kernel->label = NodeLabel(api, info, "GroupQueryAttention");
+    label = kernel->label;
+    kernel->heads = RequiredInt(api, info, "num_heads");
+    kernel->kv_heads = RequiredInt(api, info, "kv_num_heads");
+    kernel->scale = FloatAttribute(api, info, "scale", 0.0F);
+    constexpr int64_t kMaxHeads = 1 << 16;
+    if (kernel->kv_heads < 1 || kernel->heads < 1 || kernel->heads > kMaxHeads ||
+        kernel->heads % kernel->kv_heads != 0) {
+      throw InvalidArgument("num_heads is " + std::to_string(kernel->heads) + " and kv_num_heads " +
+                            std::to_string(kernel->kv_heads) +
+                            ", expected 1 to 65536 heads, a multiple of the kv heads");
+    }
+    if (!std::isfinite(kernel->scale)) {
+      throw InvalidArgument("scale is " + std::to_string(kernel->scale) +
+                            ", expected a finite number, or 0 for 1 / sqrt(head size)");
+    }
+    const std::string forced = ForcedKernel();
+    kernel->kernel = SelectAttention(SupportedIsa(), forced);
+    if (kernel->kernel == nullptr) {
+      throw InvalidArgument(ForcedKernelProblem(forced, AvailableAttentionNames(SupportedIsa())));
+    }
+    *out = kernel.release();
+  });
+}
+
+void Require(const std::string& problem) {
+  if (!problem.empty()) throw InvalidArgument(problem);
+}
+
+// Checks the inputs and returns their part of the arguments; `inputs` has kInputs tensors.
+AttentionArgs CheckedArgs(const Kernel& kernel, const Tensor* inputs) {
+  const Dims& query = inputs[kQuery].dims;
+  const Dims& past = inputs[kPastKey].dims;
+  if (query.size() != 3 || query[2] % kernel.heads != 0 || query[2] == 0) {
+    throw InvalidArgument("query is " + Text(query) + ", expected [B, S, num_heads * d] with " +
+                          std::to_string(kernel.heads) + " heads");
+  }
+  const ElementType type = inputs[kQuery].type;
+  const int64_t b = query[0];
+  const int64_t s = query[1];
+  const int64_t d = query[2] / kernel.heads;
+  if (past.size() != 4) {
+    throw InvalidArgument("past_key is " + Text(past) + ", expected [B, kv_num_heads, P, d]");
+  }
+  const int64_t p = past[2];
+  Require(Mismatch("key", inputs[kKey], type, {b, s, kernel.kv_heads * d}));
+  Require(Mismatch("value", inputs[kValue], type, {b, s, kernel.kv_heads * d}));
+  Require(Mismatch("past_key", inputs[kPastKey], type, {b, kernel.kv_heads, p, d}));
+  Require(Mismatch("past_value", inputs[kPastValue], type, {b, kernel.kv_heads, p, d}));
+  Require(Mismatch("seqlens_k", inputs[kLastIndex], ElementType::kInt32, {b}));
+  const Tensor& length = inputs[kTotalLength];
+  int64_t count = 1;
+  for (const int64_t size : length.dims) count *= size;
+  if (length.type != ElementType::kInt32 || count != 1) {
+    throw InvalidArgument("total_sequence_length is " + Text(length.type) + " " +
+                          Text(length.dims) + ", expected one int32");
+  }
+  const int64_t total = *static_cast<const int32_t*>(length.data);
+  const int32_t* last = static_cast<const int32_t*>(inputs[kLastIndex].data);
+  if (total < s) {
+    throw InvalidArgument("total_sequence_length is " + std::to_string(total) + ", less than the " +
+                          std::to_string(s) + " tokens of query");
+  }
+  for (int64_t row = 0; row < b; ++row) {
+    const int64_t tokens = int64_t{last[row]} + 1;
+    if (tokens < s || tokens > total || tokens - s > p) {
+      throw InvalidArgument("seqlens_k is " + std::to_string(last[row]) + " in row " +
+                            std::to_string(row) + ", expected " + std::to_string(s - 1) + " to " +
+                            std::to_string(std::min(total, p + s) - 1) +
+                            ": the index of the last token, behind at most " + std::to_string(p) +
+                            " past and " + std::to_string(s) + " new ones");
+    }
+  }
+  AttentionArgs args;
+  args.type =
+      type == ElementType::kFloat32 ? bivlm::ElementType::kFloat32 : bivlm::ElementType::kFloat16;
+  args.b = static_cast<std::size_t>(b);
+  args.s = static_cast<std::size_t>(s);
+  args.heads = static_cast<std::size_t>(kernel.heads);
+  args.kv_heads = static_cast<std::size_t>(kernel.kv_heads);
+  args.d = static_cast<std::size_t>(d);
+  args.past_capacity = static_cast<std::size_t>(p);
+  args.capacity = static_cast<std::size_t>(std::max(p, total));
+  args.scale = kernel.scale != 0.0F ? kernel.scale : 1.0F / std::sqrt(static_cast<float>(d));
+  args.last_index = last;
+  args.query = inputs[kQuery].data;
+  args.key = inputs[kKey].data;
+  args.value = inputs[kValue].data;
+  args.past_key = inputs[kPastKey].data;
+  args.past_value = inputs[kPastValue].data;
+  return args;
+}
+
+Status* Compute(void* state, KernelContext* context) noexcept {
+  const Kernel& kernel = *static_cast<const Kernel*>(state);
+  return Guard(kernel.api, kernel.label, [&] {
+    Tensor inputs[kInputs];
+    for (std::size_t i = 0; i < kInputs; ++i) inputs[i] = Input(kernel.api, context, i);
+    AttentionArgs args = CheckedArgs(kernel, inputs);
+    const Dims& past = inputs[kPastKey].dims;
+    const Dims present = {past[0], past[1], static_cast<int64_t>(args.capacity), past[3]};
+    args.output = Output(kernel.api, context, 0, inputs[kQuery].dims);
+    args.present_key = Output(kernel.api, context, 1, present);
+    args.present_value = Output(kernel.api, context, 2, present);
+    SessionThreads threads(kernel.api, context);
+    RunAttention(*kernel.kernel, args, threads.executor());
+  });
+}
+
+Status* InferShape(const CustomOp* op, ShapeInferContext* context) noexcept {
+  const Api* api = static_cast<const Operator*>(op)->api;
+  return Guard(api, "GroupQueryAttention", [&] {
+    const InferredShape query = InferenceInput(api, context, kQuery);
+    if (query.known) SetInferenceOutput(api, context, 0, query);
+    for (const std::size_t part : {kPastKey, kPastValue}) {
+      InferredShape present = InferenceInput(api, context, part);
+      if (!present.known || present.dims.size() != 4) continue;
+      present.dims[2] = -1;
+      present.names[2] = UniqueSizeName("cached_tokens");
+      SetInferenceOutput(api, context, part - kPastKey + 1, present);
+    }
+  });
+}
+
+}  // namespace
+
+Operator MakeAttentionOp(const Api* api, ElementType type) {
+  Operator op;
+  op.api = api;
+  op.type = type;
+  op.GetName = [](const CustomOp*) { return "GroupQueryAttention"; };
+  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+  op.GetInputType = [](const CustomOp* self, std::size_t index) {
+    return index < kLastIndex ? static_cast<const Operator*>(self)->type : ElementType::kInt32;
+  };
+  op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
+  op.GetOutputType = [](const CustomOp* self, std::size_t) {
+    return static_cast<const Operator*>(self)->type;
+  };
+  op.GetOutputTypeCount = [](const CustomOp*) { return std::size_t{3}; };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.GetInputCharacteristic = [](const CustomOp*, std::size_t) {
+    return Characteristic::kRequired;
+  };
+  op.GetOutputCharacteristic = [](const CustomOp*, std::size_t) {
+    return Characteristic::kRequired;
+  };
+  op.GetInputMemoryType = [](const CustomOp*, std::size_t) { return MemoryType::kDefault; };
+  op.CreateKernelV2 = CreateKernel;
+  op.KernelComputeV2 = Compute;
+  op.InferOutputShapeFn = InferShape;
+  op.GetStartVersion = [](const CustomOp*) { return 1; };
+  op.GetEndVersion = [](const CustomOp*) { return 1; };
+  return op;
+}
+
+}  // namespace bivlm::ort

@@ -1,0 +1,326 @@
+// GroupQueryAttention with every kernel that this CPU has against the formula in double.
+#include "bivlm/attention.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+
+#include "check.h"
+#include "reference.h"
+
+namespace bivlm::testing {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// A run: `past` tokens per row in caches of `past_capacity` positions, then s new ones.
+struct Problem {
+  std::size_t b = 1, s = 1, heads = 1, kv_heads = 1, d = 1;
+  std::size_t past_capacity = 0;
+  std::vector<std::size_t> past;  // per row
+  double scale = 0.25;
+  std::vector<float> query, key, value, past_key, past_value;
+
+  std::size_t total() const { return *std::max_element(past.begin(), past.end()) + s; }
+  std::size_t capacity() const { return std::max(past_capacity, total()); }
+  std::string Text() const {
+    std::string text = "b=" + std::to_string(b) + " s=" + std::to_string(s) +
+                       " heads=" + std::to_string(heads) + "/" + std::to_string(kv_heads) +
+                       " d=" + std::to_string(d) + " P=" + std::to_string(past_capacity) + " past=";
+    for (const std::size_t tokens : past) text += std::to_string(tokens) + ",";
+    return text;
+  }
+};
+
+// Random contents that are exact in float16; positions behind the past are NaN.
+Problem Make(Problem p, uint64_t seed, float size = 1.0F) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal(0.0F, size);
+  const auto fill = [&](std::size_t count) {
+    std::vector<float> values(count);
+    for (float& value : values) value = FloatFromHalf(HalfFromFloat(normal(random)));
+    return values;
+  };
+  p.query = fill(p.b * p.s * p.heads * p.d);
+  p.key = fill(p.b * p.s * p.kv_heads * p.d);
+  p.value = fill(p.b * p.s * p.kv_heads * p.d);
+  for (std::vector<float>* cache : {&p.past_key, &p.past_value}) {
+    *cache = fill(p.b * p.kv_heads * p.past_capacity * p.d);
+    for (std::size_t i = 0; i < cache->size(); ++i) {
+      const std::size_t row = i / (p.kv_heads * p.past_capacity * p.d);
+      if (i / p.d % p.past_capacity >= p.past[row]) (*cache)[i] = kNan;
+    }
+  }
+  return p;
+}
+
+// Element (row, kv head, position, feature) of the keys or values of all tokens.
+double At(const Problem& p, const std::vector<float>& past, const std::vector<float>& states,
+          std::size_t row, std::size_t head, std::size_t position, std::size_t f) {
+  if (position < p.past[row]) {
+    return past[((row * p.kv_heads + head) * p.past_capacity + position) * p.d + f];
+  }
+  return states[((row * p.s + position - p.past[row]) * p.kv_heads + head) * p.d + f];
+}
+
+struct Value {
+  double value = 0.0;
+  double bound = 0.0;
+};
+
+// Output (b, s, heads, d). The bound: weights are off by the relative error of e^x, the rounding of
+// x = scale * dot, and that of the sums; so are their products with the values.
+std::vector<Value> Reference(const Problem& p) {
+  std::vector<Value> output(p.query.size());
+  for (std::size_t row = 0; row < p.b; ++row) {
+    for (std::size_t token = 0; token < p.s; ++token) {
+      for (std::size_t head = 0; head < p.heads; ++head) {
+        const std::size_t kv_head = head / (p.heads / p.kv_heads);
+        const std::size_t at = ((row * p.s + token) * p.heads + head) * p.d;
+        const std::size_t keys = p.past[row] + token + 1;
+        std::vector<double> scores(keys);
+        double largest = -INFINITY;
+        double score_error = 0.0;
+        for (std::size_t k = 0; k < keys; ++k) {
+          double magnitude = 0.0;
+          for (std::size_t f = 0; f < p.d; ++f) {
+            const double term =
+                p.scale * p.query[at + f] * At(p, p.past_key, p.key, row, kv_head, k, f);
+            scores[k] += term;
+            magnitude += std::fabs(term);
+          }
+          largest = std::max(largest, scores[k]);
+          score_error = std::max(score_error, magnitude * FLT_EPSILON * (2.0 + double(p.d) / 8));
+        }
+        double sum = 0.0;
+        for (double& score : scores) sum += score = std::exp(score - largest);
+        const double relative = 2 * score_error + FLT_EPSILON * (8.0 + double(keys) / 8);
+        for (std::size_t f = 0; f < p.d; ++f) {
+          Value& value = output[at + f];
+          double magnitude = 0.0;
+          for (std::size_t k = 0; k < keys; ++k) {
+            const double term = scores[k] / sum * At(p, p.past_value, p.value, row, kv_head, k, f);
+            value.value += term;
+            magnitude += std::fabs(term);
+          }
+          value.bound = relative * magnitude;
+        }
+      }
+    }
+  }
+  return output;
+}
+
+// A tensor of the problem's element type between guards.
+class TensorMemory {
+ public:
+  TensorMemory(const std::vector<float>& values, std::size_t count, bool float16)
+      : float16_(float16), count_(count), memory_(count * (float16 ? 2 : 4)) {
+    for (std::size_t i = 0; i < count; ++i) Set(i, i < values.size() ? values[i] : kNan);
+  }
+  void* data() { return memory_.data(); }
+  bool IsIntact() const { return memory_.IsIntact(); }
+  float Get(std::size_t i) {
+    if (float16_) return LoadHalf(static_cast<uint16_t*>(data()) + i);
+    return static_cast<float*>(data())[i];
+  }
+
+ private:
+  void Set(std::size_t i, float value) {
+    if (float16_) {
+      static_cast<uint16_t*>(data())[i] = HalfFromFloat(value);
+    } else {
+      static_cast<float*>(data())[i] = value;
+    }
+  }
+  bool float16_;
+  std::size_t count_;
+  Guarded memory_;
+};
+
+void ExpectPresent(Checker* check, const Problem& p, const std::string& what,
+                   const std::vector<float>& past, const std::vector<float>& states,
+                   TensorMemory* present, bool in_place) {
+  std::size_t wrong = 0;
+  for (std::size_t row = 0; row < p.b; ++row) {
+    for (std::size_t head = 0; head < p.kv_heads; ++head) {
+      for (std::size_t position = 0; position < p.capacity(); ++position) {
+        for (std::size_t f = 0; f < p.d; ++f) {
+          const float got =
+              present->Get(((row * p.kv_heads + head) * p.capacity() + position) * p.d + f);
+          if (position < p.past[row] + p.s) {
+            wrong += got != At(p, past, states, row, head, position, f);
+          } else {
+            wrong += in_place ? !std::isnan(got) : got != 0.0F;
+          }
+        }
+      }
+    }
+  }
+  check->Expect(wrong == 0, what, ": ", wrong, " wrong elements of present");
+}
+
+void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, bool float16,
+         bool in_place, const Executor& executor, const std::vector<Value>& want) {
+  const std::string what = std::string(kernel.name) + " " + p.Text() +
+                           (float16 ? " float16" : " float32") + (in_place ? " in place" : " anew");
+  TensorMemory query(p.query, p.query.size(), float16);
+  TensorMemory key(p.key, p.key.size(), float16);
+  TensorMemory value(p.value, p.value.size(), float16);
+  TensorMemory past_key(p.past_key, p.past_key.size(), float16);
+  TensorMemory past_value(p.past_value, p.past_value.size(), float16);
+  const std::size_t present_size = p.b * p.kv_heads * p.capacity() * p.d;
+  TensorMemory new_key({}, present_size, float16);
+  TensorMemory new_value({}, present_size, float16);
+  TensorMemory output({}, p.query.size(), float16);
+  std::vector<int32_t> last;
+  for (const std::size_t past : p.past) last.push_back(static_cast<int32_t>(past + p.s) - 1);
+
+  AttentionArgs args;
+  args.type = float16 ? ElementType::kFloat16 : ElementType::kFloat32;
+  args.b = p.b;
+  args.s = p.s;
+  args.heads = p.heads;
+  args.kv_heads = p.kv_heads;
+  args.d = p.d;
+  args.past_capacity = p.past_capacity;
+  args.capacity = p.capacity();
+  args.scale = static_cast<float>(p.scale);
+  args.last_index = last.data();
+  args.query = query.data();
+  args.key = key.data();
+  args.value = value.data();
+  args.past_key = past_key.data();
+  args.past_value = past_value.data();
+  args.output = output.data();
+  args.present_key = in_place ? past_key.data() : new_key.data();
+  args.present_value = in_place ? past_value.data() : new_value.data();
+  RunAttention(kernel, args, executor);
+
+  ExpectPresent(check, p, what + " key", p.past_key, p.key, in_place ? &past_key : &new_key,
+                in_place);
+  ExpectPresent(check, p, what + " value", p.past_value, p.value,
+                in_place ? &past_value : &new_value, in_place);
+  for (const TensorMemory* memory :
+       {&query, &key, &value, &past_key, &past_value, &new_key, &new_value, &output}) {
+    check->Expect(memory->IsIntact(), what, ": wrote outside a tensor");
+  }
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    const double got = output.Get(i);
+    // float16 outputs are rounded once: half of a step of 2^-10, or of 2^-24 for small ones
+    const double rounding =
+        float16 ? std::max(std::fabs(want[i].value) * 0x1p-11, 0x1p-25) * 1.001 : 0.0;
+    const double bound = want[i].bound + rounding + 1e-30;
+    const bool close = std::fabs(got - want[i].value) <= bound;
+    check->Expect(close, what, " at ", i, ": got ", got, " want ", want[i].value, " bound ", bound);
+    if (!close) return;
+  }
+}
+
+void RunAll(Checker* check, const Problem& p, const Executor& executor = Executor()) {
+  const std::vector<Value> want = Reference(p);
+  for (const AttentionKernel& kernel : AttentionKernels()) {
+    if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+    for (const bool float16 : {false, true}) {
+      for (const bool in_place : {false, true}) {
+        if (in_place && p.capacity() != p.past_capacity) continue;
+        Run(check, p, kernel, float16, in_place, executor, want);
+      }
+    }
+  }
+}
+
+Problem Shape(std::size_t s, std::size_t past, std::size_t heads, std::size_t kv_heads,
+              std::size_t d, std::size_t past_capacity) {
+  Problem p;
+  p.s = s;
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.d = d;
+  p.past = {past};
+  p.past_capacity = past_capacity;
+  p.scale = 1 / std::sqrt(static_cast<double>(static_cast<float>(d)));
+  return p;
+}
+
+// One token: all group sizes round the tile, and keys round a block and a vector.
+void Decode(Checker* check) {
+  uint64_t seed = 1;
+  for (const std::size_t group : {1, 2, 3, 4, 5, 7, 8, 9, 13}) {
+    for (const std::size_t past : {0, 1, 15, 16, 62, 63, 64, 65, 130}) {
+      RunAll(check, Make(Shape(1, past, group, 1, 16, past + seed % 3), seed));
+      ++seed;
+    }
+  }
+  for (const std::size_t d : {1, 3, 4, 5, 8, 15, 16, 17, 31, 32, 48, 64, 80, 100, 128, 130}) {
+    RunAll(check, Make(Shape(1, 70, 6, 2, d, 71), seed++));
+  }
+}
+
+// Several tokens: rows round the tiles and tasks, with and without a past.
+void Prefill(Checker* check) {
+  uint64_t seed = 1000;
+  for (const std::size_t s : {2, 3, 5, 6, 7, 12, 63, 64, 65, 100, 200}) {
+    for (const std::size_t past : {0, 1, 70}) {
+      RunAll(check, Make(Shape(s, past, 3, 1, 20, past + s + seed % 2), seed));
+      ++seed;
+    }
+  }
+  for (const std::size_t d : {1, 7, 16, 33, 64, 72, 128}) {
+    RunAll(check, Make(Shape(40, 30, 2, 2, d, 30), seed++));
+  }
+  RunAll(check, Make(Shape(2, 3, 300, 1, 8, 5), seed));  // a group larger than a task
+}
+
+void Batches(Checker* check) {
+  Problem p = Shape(1, 0, 6, 3, 12, 90);
+  p.b = 3;
+  p.past = {0, 89, 40};
+  RunAll(check, Make(p, 1), ThreeThreads());
+  p.s = 30;
+  p.past = {60, 0, 17};
+  RunAll(check, Make(p, 2), ThreeThreads());
+}
+
+// Enough work for several threads: few long tasks, and more tasks than work spaces.
+void Threads(Checker* check) {
+  RunAll(check, Make(Shape(1, 700, 9, 3, 64, 701), 3), ThreeThreads());
+  RunAll(check, Make(Shape(150, 20, 8, 2, 16, 170), 4), ThreeThreads());
+  Problem p = Shape(1, 300, 3, 3, 20, 301);
+  p.b = 25;
+  p.past = std::vector<std::size_t>(25, 300);
+  RunAll(check, Make(p, 5), ThreeThreads());
+}
+
+// Scores of hundreds: one key takes all the weight, and the largest one comes late or early.
+void LargeScores(Checker* check) {
+  RunAll(check, Make(Shape(1, 150, 3, 1, 64, 151), 6, 12.0F));
+  RunAll(check, Make(Shape(20, 100, 3, 1, 64, 120), 7, 12.0F));
+}
+
+void NothingToDo(Checker* check) {
+  Problem p = Shape(0, 3, 2, 1, 4, 3);
+  RunAll(check, Make(p, 8));
+  p.b = 0;
+  p.s = 1;
+  RunAll(check, p);
+}
+
+}  // namespace
+}  // namespace bivlm::testing
+
+int main() {
+  bivlm::testing::Checker check;
+  bivlm::testing::Decode(&check);
+  bivlm::testing::Prefill(&check);
+  bivlm::testing::Batches(&check);
+  bivlm::testing::Threads(&check);
+  bivlm::testing::LargeScores(&check);
+  bivlm::testing::NothingToDo(&check);
+  std::printf("kernels tested: %s\n",
+              bivlm::AvailableAttentionNames(bivlm::SupportedIsa()).c_str());
+  return check.Finish("attention_test");
+}

@@ -42,8 +42,8 @@ class ImageSpec:
     """How a picture becomes pixel_values, in the order of the fields.
 
     Attributes:
-        family: "clip" (resize, center crop), "llava_onevision" (pad to a square, resize) or
-            "idefics3" (resize to tiles).
+        family: "clip" (resize, center crop), "square" (pad to a square, resize) or "idefics3"
+            (resize to tiles).
         resize_mode: "shortest_edge", "exact" or "longest_edge".
         resize: (height, width); for shortest/longest edge both hold the edge.
         resample: PIL resampling filter number.
@@ -51,7 +51,7 @@ class ImageSpec:
         rescale: Factor on the 0..255 values, or None.
         mean: Per channel, subtracted after rescaling (empty: no normalisation).
         std: Per channel, divides after the mean (empty: no normalisation).
-        background: llava_onevision: colour (red, green, blue) of the padding.
+        background: square: colour (red, green, blue) of the padding.
         split_tiles: idefics3: cut large pictures into tiles of `crop` size.
     """
 
@@ -99,6 +99,8 @@ class Manifest:
         uses_custom_ops: Whether the graph holds nodes of the domain `ai.bivlm`.
         fallback: "nbits", "dense" or "none": what the nodes inline to without the library.
         config: The export options.
+        image_grid: Rows and columns of an image's tokens where positions have three axes (M-RoPE:
+            position_ids is `[3, batch, sequence]`); None where they have one.
     """
 
     version: int
@@ -126,6 +128,7 @@ class Manifest:
     uses_custom_ops: bool
     fallback: str
     config: dict[str, Any] = field(default_factory=dict)
+    image_grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +213,11 @@ def _manifest_from_json(values: dict[str, Any]) -> Manifest:
         image[key] = tuple(image[key])
     for key in ("crop", "background"):
         image[key] = tuple(image[key]) if image.get(key) is not None else None
+    grid = values.get("image_grid")
     return Manifest(
         **{
             **values,
+            "image_grid": None if grid is None else tuple(grid),
             "files": {role: FileRecord(**record) for role, record in values["files"].items()},
             "pixel_shape": tuple(values["pixel_shape"]),
             "eos_token_ids": tuple(values["eos_token_ids"]),

@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 from bivlm_edge.errors import DataError
 
+_MOST_SQUARE_PIXELS = 200_000_000
+
 # All that Pillow's decoders raise on damaged files; they share no base but Exception.
 _DAMAGED = (
     OSError,
@@ -70,3 +72,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def squared(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Return a picture in the middle of a square in one colour.
+
+    Args:
+        image: In RGB.
+        background: Red, green, blue.
+
+    Raises:
+        DataError: The picture is so elongated that the square would take gigabytes.
+    """
+    edge = max(image.size)
+    if edge * edge > _MOST_SQUARE_PIXELS:
+        raise DataError(
+            f"a picture of {image.width} x {image.height} would be padded to {edge} x {edge} "
+            f"pixels; up to {_MOST_SQUARE_PIXELS:,} pixels are accepted. Crop the picture."
+        )
+    square = Image.new("RGB", (edge, edge), background)
+    square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
+    return square

@@ -12,6 +12,7 @@ from bivlm_edge.config import ExportConfig
 from bivlm_edge.errors import CheckpointError, UnsupportedModelError
 from bivlm_edge.export.parts import kv_geometry
 from bivlm_edge.models import VisionLanguageModel
+from bivlm_edge.models.families import mean_color
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -72,6 +73,7 @@ def write_manifest(
         uses_custom_ops=uses_custom_ops,
         fallback=config.fallback,
         config=config.to_json(),
+        image_grid=vlm.image_grid,
     )
     bundle.write_manifest(manifest, paths.assets)
 
@@ -94,6 +96,9 @@ def image_spec(vlm: VisionLanguageModel) -> ImageSpec:
         tile = _sizes(processor.max_image_size)["longest_edge"]
         resize_mode, resize, crop = "longest_edge", (edge, edge), (tile, tile)
         produced = crop
+    elif vlm.family.side is not None:
+        resize_mode, crop = "exact", None
+        resize = produced = (vlm.family.side, vlm.family.side)
     else:
         resize_mode, resize = _resize_rule(size)
         crop = None
@@ -109,9 +114,8 @@ def image_spec(vlm: VisionLanguageModel) -> ImageSpec:
         )
     do_normalize = bool(processor.do_normalize)
     background = None
-    if vlm.family.image_spec_family == "llava_onevision":
-        red, green, blue = (int(value * 255) for value in processor.image_mean)
-        background = (red, green, blue)
+    if vlm.family.image_spec_family == "square":
+        background = mean_color(processor)
     return ImageSpec(
         family=vlm.family.image_spec_family,
         resize_mode=resize_mode,

@@ -42,11 +42,23 @@ def rotary(module: Any, positions: Tensor, rows: Tensor, dtype: torch.dtype) -> 
 
     Args:
         module: The decoder's `rotary_emb`.
-        positions: int64 ``(B, S)``.
+        positions: int64 ``(B, S)``, or ``(3, B, S)`` where sections of the frequencies follow
+            time, rows and columns (M-RoPE).
         rows: int64 ``(B, S)``: 0 .. B * S - 1.
         dtype: Type of the result; the angles are float32.
     """
-    angles = positions.reshape(-1, 1).float() * module.inv_freq.float()[None]
+    sections = getattr(module, "mrope_section", None)
+    frequencies = module.inv_freq.float()[None]
+    if sections is None:
+        angles = positions.reshape(-1, 1).float() * frequencies
+    else:
+        angles = torch.cat(
+            [
+                positions[index % 3].reshape(-1, 1).float() * section
+                for index, section in enumerate(frequencies.split(sections, dim=1))
+            ],
+            dim=1,
+        )
     cos, sin = angles.cos(), angles.sin()
     if module.attention_scaling != 1:
         cos, sin = cos * module.attention_scaling, sin * module.attention_scaling
@@ -77,7 +89,7 @@ class GroupedAttention(nn.Module):
     """Causal self-attention of grouped heads behind a KV cache."""
 
     def __init__(self, attention: Any) -> None:
-        """Take over the projections of a `LlamaAttention`, `MistralAttention`, `Qwen2Attention`."""
+        """Take over the projections of a Llama, Mistral, Qwen2 or Qwen2.5-VL attention."""
         super().__init__()
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj

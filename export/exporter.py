@@ -235,7 +235,7 @@ def tables_in_float(
         if module is table:
             is_quantized = isinstance(exported, GroupWeight)
             found[name] = VOCABULARY_NOTE if is_quantized else "float"
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
             found[name] = "convolution of the patches: kept in float"
         elif isinstance(module, nn.Embedding):
             found[name] = "position table: kept in float"
@@ -247,7 +247,7 @@ def _validation_samples(vlm: VisionLanguageModel, items: Sequence[VqaItem]) -> l
     for item in items[:VALIDATION_SAMPLES]:
         pixels = torch.from_numpy(vlm.pixels(item.image.open()))[None]
         ids = vlm.encode(vlm.prompt(item.question))
-        samples.append(Sample(torch.tensor([ids]), pixels))
+        samples.append(Sample(torch.tensor([ids]), pixels, *vlm.positions(ids)))
     return samples
 
 
@@ -267,6 +267,7 @@ def _build_graph(
         dtype=ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT,
         opset=config.opset,
         prune=config.prune,
+        position_axes=1 if vlm.image_grid is None else 3,
     )
     model = join_parts(vision, decoder, table, options)
     fuse_shared_inputs(model)

@@ -33,6 +33,7 @@ class GraphOptions:
         dtype: Type of activations, FLOAT or FLOAT16.
         opset: Version of the standard operators.
         prune: Token pruning.
+        position_axes: 1, or 3 for M-RoPE: position_ids is then ``(3, batch, sequence)``.
     """
 
     image_token_id: int
@@ -42,6 +43,7 @@ class GraphOptions:
     dtype: ir.DataType
     opset: int
     prune: PruneConfig
+    position_axes: int = 1
 
 
 def join_parts(
@@ -66,7 +68,8 @@ def join_parts(
     input_ids = _input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
     pixel_values = _input("pixel_values", options.dtype, ["images", *options.pixel_shape])
     hidden_in, positions_in, rows_in, last_in, total_in, *past = decoder_part.inputs
-    position_ids = _input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
+    leading = [] if options.position_axes == 1 else [options.position_axes]
+    position_ids = _input("position_ids", ir.DataType.INT64, [*leading, "batch", "sequence"])
     past_length = _past_length()
     for value in past:
         value.name = str(value.name).removeprefix("decoder/")
@@ -93,12 +96,16 @@ def join_parts(
         "kept_indices",
     )
     # Kept tokens keep their own positions: 2-D rotary layouts and distances stay what they were.
-    kept_positions = main.op("GatherElements", [position_ids, kept], {"axis": 1})
+    places = kept
+    if leading:
+        sizes = [_vector(main, leading, "axes"), main.op("Shape", [kept])]
+        places = main.op("Expand", [kept, main.op("Concat", sizes, {"axis": 0})])
+    kept_positions = main.op("GatherElements", [position_ids, places], {"axis": len(leading) + 1})
 
     ir.convenience.replace_all_uses_with(hidden_in, hidden)
     ir.convenience.replace_all_uses_with(positions_in, kept_positions)
-    ir.convenience.replace_all_uses_with(rows_in, _token_numbers(main, kept_positions))
-    last_index, total_length = _cache_lengths(main, past_length, past[0], kept_positions)
+    ir.convenience.replace_all_uses_with(rows_in, _token_numbers(main, kept))
+    last_index, total_length = _cache_lengths(main, past_length, past[0], kept)
     ir.convenience.replace_all_uses_with(last_in, last_index)
     ir.convenience.replace_all_uses_with(total_in, total_length)
     for value in decoder_part.outputs:

@@ -76,7 +76,7 @@ class DecoderPart(nn.Module):
 
         Args:
             hidden: ``(B, S, hidden)``.
-            position_ids: int64 ``(B, S)``.
+            position_ids: int64 ``(B, S)``, or ``(3, B, S)`` (M-RoPE).
             rows: int64 ``(B, S)``: 0 .. B * S - 1.
             last_index: int32 ``(B,)``: index of the last token in the cache after this run.
             total_length: int32 ``(1,)``: tokens in the cache after this run.
@@ -199,6 +199,9 @@ def trace_decoder(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> i
     past = [torch.rand(batch, heads, seen, width, dtype=dtype) for _ in range(2 * layers)]
     hidden = torch.rand(batch, new, vlm.text_config.hidden_size, dtype=dtype)
     positions = torch.arange(seen, seen + new)[None].expand(batch, -1).contiguous()
+    axes = 0
+    if vlm.image_grid is not None:
+        axes, positions = 1, positions.expand(3, -1, -1).contiguous()
     rows = torch.arange(batch * new).reshape(batch, new)
     last_index = torch.full((batch,), seen + new - 1, dtype=torch.int32)
     total_length = torch.tensor([seen + new], dtype=torch.int32)
@@ -206,7 +209,7 @@ def trace_decoder(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> i
     seen_dim = torch.export.Dim("past", min=0)
     shapes = {
         "hidden": {0: batch_dim, 1: new_dim},
-        "position_ids": {0: batch_dim, 1: new_dim},
+        "position_ids": {axes: batch_dim, axes + 1: new_dim},
         "rows": {0: batch_dim, 1: new_dim},
         "last_index": {0: batch_dim},
         "total_length": {},

@@ -221,6 +221,7 @@ def _pack_bits(codes: Any, bits: int) -> Any:
     per_byte = 8 // bits
     padding = -codes.shape[-1] % per_byte
     padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)]).astype(np.uint8)
-    parts = padded.reshape(*codes.shape[:-1], -1, per_byte)
-    shifts = np.arange(per_byte, dtype=np.uint8) * bits
-    return np.bitwise_or.reduce(parts << shifts, axis=-1)
+    packed = padded[..., ::per_byte].copy()
+    for place in range(1, per_byte):
+        packed |= padded[..., place::per_byte] << np.uint8(place * bits)
+    return packed

@@ -45,10 +45,23 @@ RUNTIME_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt with its picture: input_ids int64 ``(1, S)``, pixels float32 ``(1, 3, H, W)``."""
+    """One prompt with its picture.
+
+    Attributes:
+        input_ids: int64 ``(1, S)``.
+        pixel_values: float32 ``(1, 3, H, W)``.
+        position_ids: int64 ``(1, S)``, or ``(3, 1, S)`` (M-RoPE).
+        next_position: Of the first token of the answer.
+    """
 
     input_ids: Tensor
     pixel_values: Tensor
+    position_ids: Tensor
+    next_position: int
+
+    def following(self, step: int) -> Tensor:
+        """Return the position of the answer's token `step`, shaped as position_ids."""
+        return torch.full_like(self.position_ids[..., :1], self.next_position + step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +133,13 @@ class TorchOracle:
         """
         hidden = self._merge(sample)[0][:, kept]
         cache = DynamicCache()
-        positions = torch.from_numpy(kept)[None]
-        length = sample.input_ids.shape[1]
+        positions = sample.position_ids[..., torch.from_numpy(kept)]
         embed = self._vlm.module.get_input_embeddings()
         logits = []
         for step, token in enumerate(tokens):
             logits.append(self._step(hidden, positions, cache)[0].numpy())
             hidden = embed(torch.tensor([[token]]))
-            positions = torch.tensor([[length + step]])
+            positions = sample.following(step)
         return np.stack(logits)
 
     def _step(self, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -195,7 +207,7 @@ class OnnxRunner:
         feed: dict[str, NDArray[Any]] = {
             "input_ids": sample.input_ids.numpy(),
             "pixel_values": sample.pixel_values.numpy().astype(self._dtype),
-            "position_ids": np.arange(length)[None],
+            "position_ids": sample.position_ids.numpy(),
         }
         logits, tokens = [], []
         kept = np.zeros(0, np.int64)
@@ -211,7 +223,7 @@ class OnnxRunner:
             feed = {
                 "input_ids": np.array([[tokens[-1]]]),
                 "pixel_values": self._no_pixels,
-                "position_ids": np.array([[length + step]]),
+                "position_ids": sample.following(step).numpy(),
             }
             if not in_place:
                 cache = {name: found[_present(name)] for name in cache}

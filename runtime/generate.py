@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bivlm_edge.errors import BundleError, RequestError
+from bivlm_edge.positions import position_rows
 from bivlm_edge.runtime.kv_cache import GROWTH, BoundRun, KvCache
 from bivlm_edge.runtime.sampling import Sampler, greedy
 from bivlm_edge.runtime.session import RUN_ERRORS, VlmSession, ort_sentence, pixel_batch
@@ -61,15 +62,19 @@ def run_step(
     if run is None:
         run = BoundRun(cache, count, pixel_batch(session, pixels), kept=not is_single)
     run.token_ids[0] = token_ids
+    manifest = session.manifest
+    positions, following = position_rows(
+        token_ids, cache.position, manifest.image_token_id, manifest.image_grid
+    )
     try:
-        run.run(cache.position, cache.tokens)
+        run.run(positions, cache.tokens)
     except RUN_ERRORS as error:
         raise BundleError(
             f"'{session.paths.graph}' failed in ONNX Runtime on {count} tokens behind "
             f"{cache.tokens} cached ones: {ort_sentence(error)}."
         ) from error
     kept = np.zeros(1, np.int64) if is_single else run.kept_indices()
-    cache.advance(len(kept), count)
+    cache.advance(len(kept), following)
     if is_single:
         cache.single = run
     return Step(run.logits[0, 0].copy(), kept)

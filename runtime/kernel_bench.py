@@ -27,12 +27,18 @@ from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime.benchmark import quartiles
 from bivlm_edge.runtime.idle import wait_until_idle
 from bivlm_edge.runtime.process_memory import memory_bytes
-from bivlm_edge.runtime.session import KERNEL_VARIABLE, OrtError, ort_sentence, register_library
+from bivlm_edge.runtime.session import (
+    HUGE_PAGES_VARIABLE,
+    KERNEL_VARIABLE,
+    OrtError,
+    ort_sentence,
+    register_library,
+)
 
-HUGE_PAGES_VARIABLE = "BIVLM_HUGE_PAGES"
 Role = Literal["ours", "ort2", "ort4", "fp16", "fp32"]
 Pages = Literal["mapped", "huge"]
 
+_HUGE_PAGES_MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _READ_BLOCK = 1 << 20
 _HOT_READ_BYTES = 1 << 27  # takes much longer than waking a thread
 _MOST_PASSES = 1000
@@ -235,8 +241,13 @@ def _read(part: NDArray[np.uint8], passes: int) -> None:
 
 
 def has_huge_pages() -> bool:
-    """Whether this system lets a program ask for 2 MiB pages."""
-    return hasattr(mmap, "MADV_HUGEPAGE")
+    """Whether this system gives 2 MiB pages to a program that asks for them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    try:
+        return "[never]" not in _HUGE_PAGES_MODE.read_text(encoding="ascii")
+    except OSError:
+        return False
 
 
 def measure(

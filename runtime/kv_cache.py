@@ -26,7 +26,7 @@ class KvCache:
             `tokens` positions are filled.
         tokens: Tokens in the cache: those that pruning kept.
         position: Position of the next token: kept tokens keep their original positions, so it
-            counts the dropped ones too.
+            counts the dropped ones too. A picture on a grid takes fewer positions than tokens.
         single: The bound run of the next single token, while the buffers stay where they are.
     """
 
@@ -83,10 +83,10 @@ class KvCache:
         other.tokens, other.position = self.tokens, self.position
         return other
 
-    def advance(self, kept: int, given: int) -> None:
-        """Count the tokens that a run has written: `kept` of the `given` ones."""
+    def advance(self, kept: int, position: int) -> None:
+        """Count the `kept` tokens that a run has written, and move on to `position`."""
         self.tokens += kept
-        self.position += given
+        self.position = position
 
     def _require(self, tokens: int) -> None:
         context = self.session.manifest.context_length
@@ -136,7 +136,8 @@ class BoundRun:
         self._session = session.ort  # not the cache: a cycle would outlive the conversation
         self.token_ids = np.zeros((1, count), np.int64)
         self.logits = np.zeros((1, 1, session.manifest.vocab_size), session.dtype)
-        self._positions = np.zeros((1, count), np.int64)
+        axes = () if session.manifest.image_grid is None else (3,)
+        self._positions = np.zeros((*axes, 1, count), np.int64)
         self._past_length = np.zeros((), np.int64)
         arrays = {
             "input_ids": self.token_ids,
@@ -163,9 +164,14 @@ class BoundRun:
             self._binding.bind_ortvalue_input(past, tensor)
             self._binding.bind_ortvalue_output(present, tensor)
 
-    def run(self, position: int, past_length: int) -> None:
-        """Run on `token_ids` behind `past_length` cached tokens, the first at `position`."""
-        self._positions[0] = np.arange(position, position + self._positions.shape[1])
+    def run(self, positions: NDArray[np.int64], past_length: int) -> None:
+        """Run on `token_ids` at `positions`, behind `past_length` cached tokens.
+
+        Args:
+            positions: `[1, tokens]`, or `[3, 1, tokens]` where the model's positions have axes.
+            past_length: Filled positions of the cache.
+        """
+        self._positions[...] = positions
         self._past_length[...] = past_length
         self._session.run_with_iobinding(self._binding)
 

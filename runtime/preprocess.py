@@ -15,7 +15,7 @@ from PIL import Image
 
 from bivlm_edge.bundle import ImageSpec
 from bivlm_edge.errors import BundleError, DataError
-from bivlm_edge.pictures import to_rgb
+from bivlm_edge.pictures import squared, to_rgb
 
 # Idefics3ImageProcessor: no side grows beyond this, whatever the configuration says.
 _IDEFICS3_LONGEST_EDGE = 4096
@@ -48,15 +48,15 @@ def preprocess(image: Image.Image, spec: ImageSpec) -> Picture:
         BundleError: The manifest names a processor that this build does not know.
     """
     image = to_rgb(image)
-    if spec.family == "llava_onevision":
-        image = _squared(image, spec)
-    if spec.family in ("clip", "llava_onevision"):
+    if spec.family == "square":
+        image = squared(image, _background(spec))
+    if spec.family in ("clip", "square"):
         return Picture(_normalized(_clip(image, spec), spec)[np.newaxis])
     if spec.family == "idefics3":
         return _idefics3(image, spec)
     raise BundleError(
-        f"the manifest asks for image preprocessing '{spec.family}'; this build knows clip, "
-        "llava_onevision and idefics3. Install a newer bivlm-edge."
+        f"the manifest asks for image preprocessing '{spec.family}'; this build knows clip, square "
+        "and idefics3. Install a newer bivlm-edge."
     )
 
 
@@ -71,22 +71,13 @@ def _clip(image: Image.Image, spec: ImageSpec) -> Pixels:
     return pixels if spec.crop is None else _center_crop(pixels, *spec.crop)
 
 
-def _squared(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Put the picture into the middle of a square."""
+def _background(spec: ImageSpec) -> tuple[int, int, int]:
     if spec.background is None:
         raise BundleError(
-            "the manifest names no background for image preprocessing 'llava_onevision'. Export "
-            "the model again."
+            "the manifest names no background for image preprocessing 'square'. Export the model "
+            "again."
         )
-    edge = max(image.size)
-    if edge * edge > _MOST_RESIZED_PIXELS:
-        raise DataError(
-            f"a picture of {image.width} x {image.height} would be padded to {edge} x {edge} "
-            f"pixels; up to {_MOST_RESIZED_PIXELS:,} pixels are accepted. Crop the picture."
-        )
-    square = Image.new("RGB", (edge, edge), spec.background)
-    square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
-    return square
+    return spec.background
 
 
 def _idefics3(image: Image.Image, spec: ImageSpec) -> Picture:

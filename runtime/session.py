@@ -18,6 +18,7 @@ from bivlm_edge.errors import BivlmError, BundleError, OpsLibraryError, RequestE
 
 OPS_DOMAIN = "ai.bivlm"
 KERNEL_VARIABLE = "BIVLM_FORCE_KERNEL"
+HUGE_PAGES_VARIABLE = "BIVLM_HUGE_PAGES"
 _FIRST_WITH_OVERLOADS = (1, 27)  # of ONNX Runtime
 _LOG_FATAL = 4  # errors come as exceptions too; once is enough
 
@@ -77,7 +78,7 @@ def load(
     """Open an exported model on the CPU.
 
     The weights stay in the page cache of `model.onnx.data`, shared between processes; only what
-    ONNX Runtime prepacks is copied.
+    ONNX Runtime prepacks is copied, and with BIVLM_HUGE_PAGES=1 the codes of BinaryMatMul.
 
     Args:
         path: The `model.onnx`.
@@ -93,7 +94,8 @@ def load(
         BundleError: A file is missing, damaged, of another export, or the graph does not load.
         OpsLibraryError: The library is missing or does not load, the graph needs it, or this ONNX
             Runtime is too old to do without it.
-        RequestError: threads < 1, or BIVLM_FORCE_KERNEL names no kernel of this machine.
+        RequestError: threads < 1, or BIVLM_FORCE_KERNEL names no kernel of this machine, or
+            BIVLM_HUGE_PAGES asks for what this system does not give.
     """
     if threads is not None and threads < 1:
         raise RequestError(f"--threads {threads} is not a number of threads. Give 1 or more.")
@@ -176,6 +178,8 @@ def _load_error(graph: Path, error: Exception, library: str | None) -> BivlmErro
     text = str(error)
     if KERNEL_VARIABLE in text:
         return RequestError(f"{ort_sentence(error)}. Set {KERNEL_VARIABLE} to one of those.")
+    if HUGE_PAGES_VARIABLE in text:
+        return RequestError(f"{ort_sentence(error)}.")
     if OPS_DOMAIN in text and library is None:
         return OpsLibraryError(
             f"'{graph}' holds operators of the domain {OPS_DOMAIN} without a fallback in standard "

@@ -6,13 +6,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from bivlm_edge.errors import UnsupportedModelError
+from bivlm_edge.models import qwen_vision
+from bivlm_edge.pictures import squared
 
-DECODERS = ("llama", "mistral", "qwen2")
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 
 Blocks = Iterable[tuple[str, Sequence[nn.Module]]]
 
@@ -36,8 +40,12 @@ class Family(Protocol):
     def pictures(self) -> str:
         """What becomes of a picture, in words for the export report."""
 
-    def processor_call(self, image: Image.Image) -> dict[str, Any]:
-        """Return the image processor's arguments for one picture; the last tile is what counts."""
+    @property
+    def side(self) -> int | None:
+        """Height and width of pictures where the exporter chooses them; None: the tower does."""
+
+    def pixels(self, processor: Any, image: Image.Image) -> NDArray[np.float32]:
+        """Return ``(3, H, W)`` of a picture in RGB, made by the checkpoint's image processor."""
 
     def check(self, config: Any) -> None:
         """Raise UnsupportedModelError for options that the exporter cannot express."""
@@ -51,8 +59,19 @@ class Family(Protocol):
     def image_features(self, module: Any, pixel_values: Tensor) -> Tensor:
         """Return ``(images, image_tokens, hidden)`` from ``(images, 3, H, W)``."""
 
-    def picture_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Return what `forward` takes for pictures, from pixel_values ``(images, 3, H, W)``."""
+    def image_grid(self, module: Any) -> tuple[int, int] | None:
+        """Return rows and columns of a picture's tokens if they are positions (M-RoPE), or None."""
+
+    def picture_inputs(
+        self, module: Any, pixel_values: Tensor, input_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Return what `forward` takes for pictures.
+
+        Args:
+            module: The model.
+            pixel_values: ``(images, 3, H, W)``.
+            input_ids: ``(1, S)``, with the placeholders of all pictures.
+        """
 
     def blocks(self, module: Any) -> Blocks:
         """Return the quantizable blocks that the graph uses, by part."""
@@ -67,9 +86,15 @@ class Llava:
     image_prompt: str = "{image}"
     pictures: str = "resized and cropped as its image processor does"
 
-    def processor_call(self, image: Image.Image) -> dict[str, Any]:
-        """Return the image processor's arguments for one picture."""
-        return {"images": [image]}
+    side: int | None = None
+
+    def pixels(self, processor: Any, image: Image.Image) -> NDArray[np.float32]:
+        """Return ``(3, H, W)`` of a picture."""
+        return _last_tile(processor, images=[image])
+
+    def image_grid(self, module: Any) -> tuple[int, int] | None:  # noqa: ARG002 - see Family
+        """Return None: positions have one axis."""
+        return None
 
     def check(self, config: Any) -> None:
         """Refuse towers other than CLIP and SigLIP and lists of feature layers."""
@@ -93,7 +118,12 @@ class Llava:
         """Return projected patch features of the configured layer."""
         return _projected_features(module, pixel_values)
 
-    def picture_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def picture_inputs(
+        self,
+        module: Any,  # noqa: ARG002 - see Family
+        pixel_values: Tensor,
+        input_ids: Tensor,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """Return pixel_values unchanged."""
         return {"pixel_values": pixel_values}
 
@@ -112,16 +142,22 @@ class LlavaOnevision:
     """
 
     name: str = "llava_onevision"
-    image_spec_family: str = "llava_onevision"
+    image_spec_family: str = "square"
     image_prompt: str = "{image}"
     pictures: str = (
         "one base tile each, padded to a square, as transformers takes several pictures in a "
         "prompt; no patches of higher resolution (anyres)"
     )
 
-    def processor_call(self, image: Image.Image) -> dict[str, Any]:
-        """Return the picture twice, as one prompt's: only a single one is cut into patches."""
-        return {"images": [[image, image]]}
+    side: int | None = None
+
+    def pixels(self, processor: Any, image: Image.Image) -> NDArray[np.float32]:
+        """Return ``(3, H, W)`` of a picture as one of two: only a single one is cut up."""
+        return _last_tile(processor, images=[[image, image]])
+
+    def image_grid(self, module: Any) -> tuple[int, int] | None:  # noqa: ARG002 - see Family
+        """Return None: positions have one axis."""
+        return None
 
     def check(self, config: Any) -> None:
         """Refuse towers other than SigLIP and lists of feature layers."""
@@ -145,8 +181,13 @@ class LlavaOnevision:
         newline = module.model.image_newline.expand(features.shape[0], 1, -1)
         return torch.cat([features, newline], dim=1)
 
-    def picture_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Return pixel_values, marked as several pictures of one prompt (see `processor_call`)."""
+    def picture_inputs(
+        self,
+        module: Any,  # noqa: ARG002 - see Family
+        pixel_values: Tensor,
+        input_ids: Tensor,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return pixel_values, marked as several pictures of one prompt (see `pixels`)."""
         images = pixel_values.shape[0]
         return {
             "pixel_values": pixel_values,
@@ -169,9 +210,15 @@ class Idefics3:
     image_prompt: str = "<fake_token_around_image><global-img>{image}<fake_token_around_image>"
     pictures: str = "one tile each, not split"
 
-    def processor_call(self, image: Image.Image) -> dict[str, Any]:
-        """Return the image processor's arguments for one whole picture."""
-        return {"images": [image], "do_image_splitting": False}
+    side: int | None = None
+
+    def pixels(self, processor: Any, image: Image.Image) -> NDArray[np.float32]:
+        """Return ``(3, H, W)`` of a whole picture."""
+        return _last_tile(processor, images=[image], do_image_splitting=False)
+
+    def image_grid(self, module: Any) -> tuple[int, int] | None:  # noqa: ARG002 - see Family
+        """Return None: positions have one axis."""
+        return None
 
     def check(self, config: Any) -> None:
         """Refuse tower sizes that the pixel shuffle does not divide."""
@@ -199,7 +246,12 @@ class Idefics3:
         features: Tensor = module.model.connector(hidden)
         return features
 
-    def picture_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def picture_inputs(
+        self,
+        module: Any,  # noqa: ARG002 - see Family
+        pixel_values: Tensor,
+        input_ids: Tensor,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """Return ``(1, images, 3, H, W)``: all pictures belong to one prompt."""
         return {"pixel_values": pixel_values[None]}
 
@@ -208,6 +260,109 @@ class Idefics3:
         yield "vision", list(module.model.vision_model.encoder.layers)
         yield "projector", [module.model.connector]
         yield "decoder", list(module.model.text_model.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen25Vl:
+    """Qwen2.5-VL: tower with windowed attention, Qwen2 decoder with positions on three axes.
+
+    The model takes pictures of any size; the graph takes one, so that windows and positions are
+    constants: pictures are padded to a square in the mean colour and resized to `side`.
+    """
+
+    name: str = "qwen2_5_vl"
+    image_spec_family: str = "square"
+    image_prompt: str = "{image}"
+    side: int | None = 448
+    pictures: str = "padded to a square and resized to 448 x 448 pixels, 256 tokens each"
+
+    def pixels(self, processor: Any, image: Image.Image) -> NDArray[np.float32]:
+        """Return ``(3, H, W)`` of a picture: the first frame of the processor's patches."""
+        area = self._side**2
+        # the processor itself rounds some sizes up to the next block
+        square = squared(image, mean_color(processor)).resize(
+            (self._side, self._side), resample=Image.Resampling(int(processor.resample))
+        )
+        batch = processor(
+            images=[square],
+            size={"shortest_edge": area, "longest_edge": area},
+            return_tensors="np",
+        )
+        merge, patch, frames = (
+            processor.merge_size,
+            processor.patch_size,
+            processor.temporal_patch_size,
+        )
+        blocks = self._side // (merge * patch)
+        shape = (blocks, blocks, merge, merge, 3, frames, patch, patch)
+        frame = np.asarray(batch["pixel_values"], np.float32).reshape(shape)[..., 0, :, :]
+        pixels = frame.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, self._side, self._side)
+        return np.ascontiguousarray(pixels)
+
+    def image_grid(self, module: Any) -> tuple[int, int] | None:
+        """Return rows and columns of a picture's merged tokens."""
+        blocks = self._side // qwen_vision.block_size(module.config.vision_config)
+        return blocks, blocks
+
+    def check(self, config: Any) -> None:
+        """Refuse towers whose windows do not divide the picture."""
+        _check_decoder(config.text_config)
+        vision = config.vision_config
+        window = qwen_vision.window_blocks(vision) * qwen_vision.block_size(vision)
+        if self._side % window:
+            raise UnsupportedModelError(
+                f"pictures of {self._side} pixels are not whole windows of {window}, as the "
+                "exported vision tower needs them. Supported: patch_size, spatial_merge_size and "
+                "window_size as Qwen2.5-VL has them."
+            )
+
+    def decoder(self, module: Any) -> nn.Module:
+        """Return the language model without its head."""
+        decoder: nn.Module = module.model.language_model
+        return decoder
+
+    def image_tokens(self, module: Any) -> int:
+        """Return merged patches per picture."""
+        return int((self._side // qwen_vision.block_size(module.config.vision_config)) ** 2)
+
+    def image_features(self, module: Any, pixel_values: Tensor) -> Tensor:
+        """Return the tower's merged features."""
+        return qwen_vision.features(module.model.visual, pixel_values)
+
+    def picture_inputs(
+        self, module: Any, pixel_values: Tensor, input_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Return patches, their grid, and which tokens are pictures, for the positions."""
+        patches, grid = qwen_vision.to_patches(pixel_values, module.config.vision_config)
+        return {
+            "pixel_values": patches,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (input_ids == module.config.image_token_id).int(),
+        }
+
+    def blocks(self, module: Any) -> Blocks:
+        """Return encoder layers, merger, decoder layers."""
+        yield "vision", list(module.model.visual.blocks)
+        yield "projector", [module.model.visual.merger]
+        yield "decoder", list(module.model.language_model.layers)
+
+    @property
+    def _side(self) -> int:
+        return int(self.side or 0)
+
+
+def mean_color(processor: Any) -> tuple[int, int, int]:
+    """Return the colour that normalisation takes to about 0: red, green, blue."""
+    red, green, blue = (int(value * 255) for value in processor.image_mean)
+    return red, green, blue
+
+
+def _last_tile(processor: Any, **arguments: Any) -> NDArray[np.float32]:
+    """Return ``(3, H, W)``, the last that an image processor makes of its images."""
+    batch = processor(**arguments, return_tensors="np")
+    array: NDArray[np.float32] = np.asarray(batch["pixel_values"], np.float32)
+    tile: NDArray[np.float32] = array.reshape(-1, *array.shape[-3:])[-1]
+    return tile
 
 
 def _check_tower(config: Any, towers: Sequence[str]) -> None:
@@ -268,4 +423,5 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": LlavaOnevision(),
     "idefics3": Idefics3(),
     "smolvlm": Idefics3(name="smolvlm"),
+    "qwen2_5_vl": Qwen25Vl(),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bivlm_edge.errors import CheckpointError, DataError, UnsupportedModelError
 from bivlm_edge.models import families
+from bivlm_edge.positions import position_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class VisionLanguageModel:
     def pixel_shape(self) -> tuple[int, int, int]:
         """Shape (3, H, W) of one picture in pixel_values."""
         vision = self.module.config.vision_config
-        return (int(getattr(vision, "num_channels", 3)), int(vision.image_size), vision.image_size)
+        side = int(self.family.side or vision.image_size)
+        return (int(getattr(vision, "num_channels", 3)), side, side)
 
     @property
     def image_tokens(self) -> int:
@@ -152,11 +154,18 @@ class VisionLanguageModel:
 
     def pixels(self, image: Image.Image) -> NDArray[np.float32]:
         """Return float32 ``(3, H, W)`` of a picture."""
-        call = self.family.processor_call(image.convert("RGB"))
-        batch = self.image_processor(**call, return_tensors="np")
-        array: NDArray[np.float32] = np.asarray(batch["pixel_values"], np.float32)
-        pixels: NDArray[np.float32] = array.reshape(-1, *array.shape[-3:])[-1]
-        return pixels
+        return self.family.pixels(self.image_processor, image.convert("RGB"))
+
+    @property
+    def image_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of a picture's tokens if they are positions (M-RoPE), or None."""
+        return self.family.image_grid(self.module)
+
+    def positions(self, token_ids: Sequence[int]) -> tuple[Tensor, int]:
+        """Return position_ids, int64 ``(1, S)`` or ``(3, 1, S)``, and the next position."""
+        ids = np.asarray(token_ids, np.int64)
+        rows, following = position_rows(ids, 0, self.image_token_id, self.image_grid)
+        return torch.from_numpy(rows), following
 
     def prepare(
         self, image: Image.Image | None, question: str, answer: str | None = None
@@ -171,7 +180,7 @@ class VisionLanguageModel:
         }
         if image is not None:
             pixels = torch.from_numpy(self.pixels(image))[None]
-            inputs |= self.family.picture_inputs(pixels)
+            inputs |= self.family.picture_inputs(self.module, pixels, inputs["input_ids"])
         return inputs
 
 

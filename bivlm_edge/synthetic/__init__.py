@@ -5,7 +5,9 @@ For measuring speed and memory without a download. This module needs no torch; b
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,8 +20,9 @@ from bivlm_edge.quant.packed import FORMAT
 Method = Literal["bivlm-edge", "nbits4"]
 Progress = Callable[[str, int, int], None]
 
-NAMES = ("smolvlm-256m", "smolvlm-500m", "llava-ov-0.5b")
+NAMES = ("smolvlm-256m", "smolvlm-500m", "llava-ov-0.5b", "qwen2.5-vl-3b")
 METHODS: tuple[Method, ...] = get_args(Method)
+_WRITERS = ("export", "models", "quant", "synthetic")
 
 
 def cached(name: str, method: Method) -> Path:
@@ -34,8 +37,18 @@ def cached(name: str, method: Method) -> Path:
     """
     if name not in NAMES:
         raise RequestError(f"--synthetic {name!r} is not known. Accepted: {', '.join(NAMES)}.")
-    version = f"{__version__}-bundle{BUNDLE_VERSION}-format{FORMAT}"
+    version = f"{__version__}-bundle{BUNDLE_VERSION}-format{FORMAT}-{_code_that_writes():08x}"
     return cache_folder() / "synthetic" / version / f"{name}-{method}.onnx"
+
+
+@cache
+def _code_that_writes() -> int:
+    """A checksum of the modules that an export depends on: other code makes other graphs."""
+    package, crc = Path(__file__).parent.parent, 0
+    for part in _WRITERS:
+        for path in sorted((package / part).rglob("*.py")):
+            crc = zlib.crc32(path.read_bytes(), crc)
+    return crc
 
 
 def ensure(

@@ -1,6 +1,6 @@
 """Published architectures by the numbers of their config.json, with tokenizers of made-up words.
 
-The numbers of parameters that follow from them are the published ones (256 M, 507 M, 894 M).
+The numbers of parameters that follow from them are the published ones (256, 507, 894 and 3,755 M).
 Special tokens have their real ids. Everything else in a vocabulary is the 256 bytes and words that
 no text holds, so that a text is one token per byte.
 """
@@ -213,8 +213,82 @@ def _qwen_template(image: str) -> str:
     )
 
 
+def _qwen2_5_vl() -> Architecture:
+    """Qwen2.5-VL 3B: Qwen2.5 3B with tied head, 32 vision blocks of which 4 attend to all.
+
+    Pictures have 448 x 448 pixels and 256 tokens, as bivlm-edge runs this family.
+    """
+
+    def module() -> Any:
+        config = transformers.Qwen2_5_VLConfig(
+            vision_config={
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "out_hidden_size": 2048,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+            text_config={
+                "hidden_size": 2048,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 2,
+                "vocab_size": 151936,
+                "max_position_embeddings": 128000,
+                "rms_norm_eps": 1e-6,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1_000_000.0,
+                    "mrope_section": [16, 24, 24],
+                },
+                "tie_word_embeddings": True,
+                "bos_token_id": 151643,
+                "eos_token_id": 151645,
+            },
+            image_token_id=151655,
+            video_token_id=151656,
+            vision_start_token_id=151652,
+            vision_end_token_id=151653,
+            tie_word_embeddings=True,
+        )
+        return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+    def image_processor() -> Any:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        return Qwen2VLImageProcessorPil()
+
+    return Architecture(
+        module=module,
+        image_processor=image_processor,
+        vocabulary=151936,
+        special_tokens={
+            "<|endoftext|>": 151643,
+            "<|im_start|>": 151644,
+            "<|im_end|>": 151645,
+            "<|vision_start|>": 151652,
+            "<|vision_end|>": 151653,
+            "<|image_pad|>": 151655,
+            "<|video_pad|>": 151656,
+        },
+        bos=None,
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+        chat_template=_qwen_template("<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "smolvlm-256m": _smolvlm(576, 1536, 30, 9, 3),
     "smolvlm-500m": _smolvlm(960, 2560, 32, 15, 5),
     "llava-ov-0.5b": _llava_onevision(),
+    "qwen2.5-vl-3b": _qwen2_5_vl(),
 }

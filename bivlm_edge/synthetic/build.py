@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from bivlm_edge import custom_ops_library
 from bivlm_edge.config import ExportConfig, QuantConfig
 from bivlm_edge.errors import RequestError, UnsupportedModelError, ValidationError
+from bivlm_edge.export import parts
 from bivlm_edge.export.assets import write_report
 from bivlm_edge.export.export_report import build_report, count_parameters
 from bivlm_edge.export.exporter import (
@@ -128,7 +129,8 @@ def build_architecture(
         table = _draw_vocabulary(vlm, quantized, rng)
         _fill_floats(vlm.module)
     with staging(paths, overwrite=overwrite) as staged:
-        written = write_bundle(vlm, table, staged, torch.float32, config, tell)
+        with parts.installed(vlm, {}, torch.float32):
+            written = write_bundle(vlm, table, staged, torch.float32, config, tell)
         tell("trial run", 0, 1)
         _check_run(vlm, staged.graph, uses_library=written.uses_custom_ops)
         report = build_report(vlm, quantized, written.account, [], staged, config, parameters)
@@ -176,7 +178,10 @@ def _open(architecture: Architecture, name: str) -> VisionLanguageModel:
 def _draw_layers(
     vlm: VisionLanguageModel, method: Method, rng: np.random.Generator, tell: Progress
 ) -> QuantizedModel:
-    """Put operator modules with random weights in place of the linear layers of all blocks."""
+    """Put operator modules with random weights in place of the linear layers of all blocks.
+
+    Only the modules hold the weights: codes of four bits take a byte each until they are packed.
+    """
     result = QuantizedModel(skipped=skipped_layers(vlm, method))
     layers = {
         name: layer
@@ -185,7 +190,7 @@ def _draw_layers(
     }
     budget = Budget(BITS)
     for names in _by_input(layers):
-        tell("weights", len(result.weights), len(layers))
+        tell("weights", len(result.reports), len(layers))
         k = layers[names[0]].in_features
         transform = None
         if method == "bivlm-edge":
@@ -199,7 +204,6 @@ def _draw_layers(
             else:
                 weight = random_binary_weight(rng, n, transform)
             _replace(vlm.module, name, weight)
-            result.weights[name] = weight
             result.reports.append(_layer_report(name, method, weight))
     return result
 
@@ -292,7 +296,8 @@ def _check_run(vlm: VisionLanguageModel, graph: Path, *, uses_library: bool) -> 
     ids = vlm.encode(vlm.prompt("what is this?"))
     try:
         runner = OnnxRunner(graph, with_library=uses_library)
-        found = runner.run(Sample(torch.tensor([ids]), pixels), steps=2, in_place=True)
+        sample = Sample(torch.tensor([ids]), pixels, *vlm.positions(ids))
+        found = runner.run(sample, steps=2, in_place=True)
     except RUNTIME_ERRORS as error:
         raise ValidationError(
             f"ONNX Runtime cannot run the graph of {vlm.name}: {error}"

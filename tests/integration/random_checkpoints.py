@@ -105,6 +105,30 @@ def llava_onevision() -> tuple[Any, Any]:
     return transformers.LlavaOnevisionForConditionalGeneration(config), processor
 
 
+def qwen2_5_vl() -> tuple[Any, Any]:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    rotary = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    text = {**_TEXT, "max_position_embeddings": 1024, "rope_parameters": rotary}
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+        text_config={**text, "tie_word_embeddings": True},
+        image_token_id=3,
+        video_token_id=6,
+        vision_start_token_id=4,
+        vision_end_token_id=5,
+        tie_word_embeddings=True,
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), Qwen2VLImageProcessorPil()
+
+
 def _idefics3(config_class: Any, model_class: Any, vision_type: str) -> tuple[Any, Any]:
     from transformers.models.idefics3.image_processing_pil_idefics3 import (
         Idefics3ImageProcessorPil,
@@ -144,6 +168,7 @@ ARCHITECTURES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava, CLIP and Llama": llava_clip_llama,
     "llava, SigLIP and Qwen2": llava_siglip_qwen2,
     "llava-onevision": llava_onevision,
+    "qwen2.5-vl": qwen2_5_vl,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
 }

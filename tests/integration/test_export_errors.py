@@ -92,7 +92,10 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_model_type_is_refused_with_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
-    with pytest.raises(UnsupportedModelError, match=r"'blip'.*Supported: idefics3, llava, smolvlm"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"'blip'.*Supported: idefics3, llava, llava_onevision, qwen2_5_vl, smolvlm",
+    ):
         load_checkpoint(tmp_path)
 
 

@@ -34,7 +34,7 @@ def test_export_agrees_with_torch(
     architecture: str, config: str, pictures: list[VqaItem], tmp_path: Path
 ) -> None:
     vlm = load_checkpoint(save_checkpoint(architecture, tmp_path / "checkpoint"))
-    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
     weights = sum(isinstance(module, kinds) for module in vlm.module.modules())
     result = export_model(vlm, pictures, tmp_path / "model.onnx", CONFIGS[config])
     report = result.report
@@ -55,7 +55,7 @@ def test_export_agrees_with_torch(
         np.testing.assert_allclose(picture.pixels[0], vlm.pixels(image), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["llava, CLIP and Llama", "llava-onevision"])
+@pytest.mark.parametrize("architecture", ["llava, CLIP and Llama", "llava-onevision", "qwen2.5-vl"])
 def test_two_pictures_and_text_only_prompts_run(
     architecture: str, pictures: list[VqaItem], tmp_path: Path
 ) -> None:
@@ -66,7 +66,7 @@ def test_two_pictures_and_text_only_prompts_run(
     one = vlm.encode(vlm.prompt("a"))
     ids = torch.tensor([one + one])
     with torch.no_grad():
-        both = vlm.module(input_ids=ids, **vlm.family.picture_inputs(pixels))
+        both = vlm.module(input_ids=ids, **vlm.family.picture_inputs(vlm.module, pixels, ids))
         both = both.logits[0, -1].numpy()
         text = torch.tensor([vlm.encode("hello")])
         alone = vlm.module(input_ids=text).logits[0, -1].numpy()
@@ -76,13 +76,24 @@ def test_two_pictures_and_text_only_prompts_run(
         feed = {
             "input_ids": tokens.numpy(),
             "pixel_values": images.numpy(),
-            "position_ids": np.arange(tokens.shape[1])[None],
+            "position_ids": vlm.positions(tokens[0].tolist())[0].numpy(),
         }
         for value in session.get_inputs():
             if value.name.startswith("past"):
                 feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
         got = session.run(["logits"], feed)[0][0, -1]
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+    answerer = Answerer(load(result.paths.graph))
+    answer = answerer.ask("a", answerer.picture(pictures[0].image.open()), max_new_tokens=3)
+    tokens = list(answer)
+    assert len(tokens) == 3
+    for token in tokens:  # without a cache: positions as transformers counts them
+        whole = torch.tensor([one])
+        with torch.no_grad():
+            inputs = vlm.family.picture_inputs(vlm.module, pixels[:1], whole)
+            logits = vlm.module(input_ids=whole, **inputs).logits[0, -1]
+        assert token == int(logits.argmax())
+        one.append(token)
 
 
 def test_llava_onevision_takes_two_pictures_as_its_own_processor_does(
@@ -106,5 +117,5 @@ def test_llava_onevision_takes_two_pictures_as_its_own_processor_does(
     torch.testing.assert_close(stack, batch["pixel_values"][:, 0], rtol=0, atol=1e-6)
     with torch.no_grad():
         logits = vlm.module(input_ids=ids, **batch).logits
-        ours = vlm.module(input_ids=ids, **vlm.family.picture_inputs(stack)).logits
+        ours = vlm.module(input_ids=ids, **vlm.family.picture_inputs(vlm.module, stack, ids)).logits
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5)

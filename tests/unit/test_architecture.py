@@ -14,17 +14,19 @@ SHARED = {
     "bundle",
     "datasets",
     "pictures",
+    "positions",
     "report",
     "_ops_library",
     "__version__",
 }
 # Each part may import the parts to its left, itself and the shared modules.
-ORDER = ["models", "calibration", "quant", "export"]
+ORDER = ["models", "calibration", "quant", "export", "synthetic"]
 FOLDERS = {
     "models": ROOT / "bivlm_edge/models",
     "calibration": ROOT / "bivlm_edge/calibration",
     "quant": ROOT / "bivlm_edge/quant",
     "export": ROOT / "export",
+    "synthetic": ROOT / "bivlm_edge/synthetic",
     "runtime": ROOT / "runtime",
 }
 DEVICE_PACKAGES = {"numpy", "onnxruntime", "tokenizers", "PIL", "jinja2", "typer", "rich"}

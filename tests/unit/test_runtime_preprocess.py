@@ -15,9 +15,7 @@ from bivlm_edge.runtime import preprocess
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP = ImageSpec("clip", "shortest_edge", (32, 32), 3, (32, 32), 1 / 255, MEAN, STD)
-ONEVISION = ImageSpec(
-    "llava_onevision", "exact", (32, 32), 3, None, 1 / 255, MEAN, STD, (122, 116, 104)
-)
+ONEVISION = ImageSpec("square", "exact", (32, 32), 3, None, 1 / 255, MEAN, STD, (122, 116, 104))
 IDEFICS = ImageSpec(
     "idefics3", "longest_edge", (64, 64), 1, (32, 32), 1 / 255, (0.5,) * 3, (0.5,) * 3
 )
@@ -72,6 +70,13 @@ def test_llava_onevision_is_that_of_transformers_for_several_pictures(
     found = preprocess(image, ONEVISION).pixels
     wanted = _wanted(processor, [[image, image]])["pixel_values"][0]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=FLOAT_BOUND)
+
+
+def test_a_square_needs_a_background_and_a_picture_that_is_no_thread() -> None:
+    with pytest.raises(BundleError, match="names no background"):
+        preprocess(_image((4, 4)), replace(ONEVISION, background=None))
+    with pytest.raises(DataError, match="would be padded to 20000 x 20000"):
+        preprocess(Image.new("RGB", (20_000, 1)), ONEVISION)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -259,11 +259,17 @@ def test_missing_function_is_told_apart_even_if_the_manifest_promises_one(
         load(bundle.graph, custom_ops=False)
 
 
-def test_forced_kernel_that_is_not_there_is_a_request_error() -> None:
-    error = RuntimeError("BIVLM_FORCE_KERNEL=amx, but this CPU lacks it. Available: generic.")
-    found = session._load_error(Path("m.onnx"), error, "lib.so")
+@pytest.mark.parametrize(
+    "message",
+    [
+        "BIVLM_FORCE_KERNEL=amx, but this CPU lacks it. Available: generic.",
+        "BIVLM_HUGE_PAGES=2 is neither 0 (weights stay where they are) nor 1.",
+    ],
+)
+def test_variable_that_asks_for_what_is_not_there_is_a_request_error(message: str) -> None:
+    found = session._load_error(Path("m.onnx"), RuntimeError(message), "lib.so")
     assert isinstance(found, RequestError)
-    assert "Available: generic" in str(found)
+    assert message.rstrip(".") in str(found)
 
 
 def test_weights_stay_in_the_file(bundle: Any) -> None:

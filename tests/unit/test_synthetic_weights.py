@@ -16,7 +16,12 @@ from bivlm_edge.synthetic.weights import (
 )
 
 # In millions, as the model cards give them.
-PUBLISHED_PARAMETERS = {"smolvlm-256m": 256, "smolvlm-500m": 507, "llava-ov-0.5b": 894}
+PUBLISHED_PARAMETERS = {
+    "smolvlm-256m": 256,
+    "smolvlm-500m": 507,
+    "llava-ov-0.5b": 894,
+    "qwen2.5-vl-3b": 3755,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -110,8 +110,7 @@ def build_architecture(
     """Write the export of any architecture with random weights; see `build`."""
     paths = check_target(target, overwrite=overwrite)
     config = ExportConfig(QuantConfig(method=method, bits=BITS))
-    if method == "bivlm-edge":
-        custom_ops_library()  # the check needs it: better missed now than after drawing
+    custom_ops_library()  # the check needs it: better missed now than after drawing
     started = time.perf_counter()
 
     def tell(what: str, done: int, total: int) -> None:

@@ -178,8 +178,8 @@ struct Attention {
   }
 
   // Rows that will be read soon, fetched while the sums are computed: the values of the block and
-  // the keys of the next one. On 2 cores of a Zen 5 server, 9 heads behind 512 tokens in caches of
-  // 24 MB took 38 -> 26 us (avx2) and 27 -> 25 us (avx512); the plain read took 23 us.
+  // the keys of the next one. On a Zen 5 server with other jobs beside it, attention_bench fell
+  // from 38 to 26 us (avx2) and from 27 to 25 us (avx512) while a plain read took 23 us.
   struct Ahead {
     const float* values = nullptr;
     const float* keys = nullptr;

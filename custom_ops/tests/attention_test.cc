@@ -214,7 +214,8 @@ void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, bool f
     const double rounding =
         float16 ? std::max(std::fabs(want[i].value) * 0x1p-11, 0x1p-25) * 1.001 : 0.0;
     const double bound = want[i].bound + rounding + 1e-30;
-    const bool close = std::fabs(got - want[i].value) <= bound;
+    const bool close =
+        std::isnan(want[i].value) ? std::isnan(got) : std::fabs(got - want[i].value) <= bound;
     check->Expect(close, what, " at ", i, ": got ", got, " want ", want[i].value, " bound ", bound);
     if (!close) return;
   }
@@ -301,6 +302,23 @@ void LargeScores(Checker* check) {
   RunAll(check, Make(Shape(20, 100, 3, 1, 64, 120), 7, 12.0F));
 }
 
+// A query with a NaN or an infinite score gets NaN, one with a score of -inf gives that key no
+// weight, and the others do not notice.
+void NotFinite(Checker* check) {
+  for (const std::size_t tokens : {1, 30}) {
+    const Problem finite = Make(Shape(tokens, 80, 4, 2, 16, 80 + tokens), 9);
+    Problem p = finite;
+    p.query[5] = kNan;
+    RunAll(check, p);
+    for (const float value : {INFINITY, -INFINITY}) {
+      p = finite;
+      for (std::size_t f = 0; f < p.d; ++f) p.query[f] = 0.5F;
+      p.past_key[70 * p.d + 3] = value;
+      RunAll(check, p);
+    }
+  }
+}
+
 void NothingToDo(Checker* check) {
   Problem p = Shape(0, 3, 2, 1, 4, 3);
   RunAll(check, Make(p, 8));
@@ -319,6 +337,7 @@ int main() {
   bivlm::testing::Batches(&check);
   bivlm::testing::Threads(&check);
   bivlm::testing::LargeScores(&check);
+  bivlm::testing::NotFinite(&check);
   bivlm::testing::NothingToDo(&check);
   std::printf("kernels tested: %s\n",
               bivlm::AvailableAttentionNames(bivlm::SupportedIsa()).c_str());

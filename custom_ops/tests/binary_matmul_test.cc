@@ -27,6 +27,17 @@ std::vector<BinaryMatMulKernel> TestedKernels() {
   return kernels;
 }
 
+// Which rule of OPS.md a kernel rounds by.
+enum class Rule { kExact, kInt8, kLookup };
+
+constexpr std::size_t kMostLookupTokens = 4;
+
+Rule RuleOf(const BinaryMatMulKernel& kernel, std::size_t m) {
+  if (kernel.isa == isa::kNone) return Rule::kExact;
+  const bool looks_up = std::string(kernel.name) == "avx512vbmi" && m <= kMostLookupTokens;
+  return looks_up ? Rule::kLookup : Rule::kInt8;
+}
+
 enum class Order { kNone, kColumns, kChunks };
 
 struct Case {
@@ -190,17 +201,24 @@ void CheckRow(Checker* check, const BinaryMatMulKernel& kernel, const Case& c,
               const ReferenceWeight& w, const double* x, std::size_t row,
               const std::vector<double>& y) {
   const ReferenceTransform transform = TransformRow(w, x);
+  const Rule rule = RuleOf(kernel, c.m);
   std::vector<Int8Chunk> chunks;
+  std::vector<LookupChunk> tables;
   for (std::size_t chunk = 0; chunk < w.padded_k() / 64 && transform.is_finite; ++chunk) {
-    chunks.push_back(QuantizeChunk(transform, chunk));
+    if (rule == Rule::kInt8) chunks.push_back(QuantizeChunk(transform, chunk));
+    if (rule == Rule::kLookup) tables.push_back(MakeLookupChunk(transform, chunk));
   }
   for (std::size_t i = 0; i < c.n; ++i) {
     const double got = y[row * c.n + i];
     if (!transform.is_finite) {
       check->Expect(std::isnan(got), kernel.name, " NaN row", Text(c), " at (", row, ", ", i,
                     "): got ", got);
-    } else if (kernel.isa == isa::kNone) {
+    } else if (rule == Rule::kExact) {
       Compare(check, "exact", kernel, c, row, i, got, ExactProduct(w, transform, i));
+    } else if (rule == Rule::kLookup) {
+      const LookupProduct product = ProductByLookup(w, transform, tables, i);
+      Compare(check, "lookup", kernel, c, row, i, got, product.emulated);
+      Compare(check, "lookup against exact", kernel, c, row, i, got, product.exact);
     } else {
       const Int8Product product = ProductInInt8(w, transform, chunks, i);
       Compare(check, "int8", kernel, c, row, i, got, product.emulated);
@@ -302,18 +320,22 @@ void AllPlanesAndTransforms(Checker* check) {
 }
 
 // The outputs of a token do not depend on the tokens beside it, nor on how the work is divided: all
-// rows of a product equal, to the bit, the same rows computed alone.
+// rows of a product equal, to the bit, the same rows computed alone. Where a single row has another
+// rule, the row is repeated until it has that of the product.
 void ExpectRowsAsAlone(Checker* check, const Case& c) {
   std::mt19937_64 random(c.seed);
   const ReferenceWeight w = RandomWeight(c, random);
   const std::vector<float> x = RandomActivations(c, random);
   Case alone = c;
-  alone.m = 1;
   for (const BinaryMatMulKernel& kernel : TestedKernels()) {
+    alone.m = RuleOf(kernel, 1) == RuleOf(kernel, c.m) ? 1 : kMostLookupTokens + 1;
     const std::vector<double> y = Run(kernel, c, w, x, 0, ThreeThreads(), check).y;
     for (std::size_t row = 0; row < c.m; ++row) {
       const auto begin = x.begin() + static_cast<std::ptrdiff_t>(row * c.k);
-      const std::vector<float> x_row(begin, begin + static_cast<std::ptrdiff_t>(c.k));
+      std::vector<float> x_row;
+      for (std::size_t i = 0; i < alone.m; ++i) {
+        x_row.insert(x_row.end(), begin, begin + static_cast<std::ptrdiff_t>(c.k));
+      }
       const std::vector<double> want = Run(kernel, alone, w, x_row, 0, Executor(), check).y;
       check->Expect(std::memcmp(want.data(), y.data() + row * c.n, c.n * sizeof(double)) == 0,
                     kernel.name, " row ", row, " differs from the row alone", Text(c));
@@ -321,14 +343,15 @@ void ExpectRowsAsAlone(Checker* check, const Case& c) {
   }
 }
 
-// Numbers of tokens around the tiles and row blocks of the kernels (up to 8 tokens at a time; from
-// 17 on, tiles of 6 in blocks of 128), with an odd number of panels and an n that is no multiple of
-// 16, over streams that end before, at and after a block of 512 columns.
+// Numbers of tokens around the tiles and row blocks of the kernels (up to 4 by lookup, up to 8
+// tokens at a time; from 17 on, tiles of 6 in blocks of 128), with an odd number of panels and an n
+// that is no multiple of 16, over streams that end before, at and after a block of 512 columns.
 void TilesOfTokens(Checker* check) {
   const std::vector<std::vector<int64_t>> lists = {
       {1216, 1216}, {1216}, {1216, 576, 512, 64}, {1216, 1152, 640}, {1216, 1024, 1024, 1024}};
   uint64_t seed = 8000;
-  for (const std::size_t m : {4, 7, 16, 17, 18, 19, 23, 24, 25, 36, 64, 127, 128, 129, 150, 257}) {
+  for (const std::size_t m :
+       {2, 3, 4, 7, 16, 17, 18, 19, 23, 24, 25, 36, 64, 127, 128, 129, 150, 257}) {
     for (const std::vector<int64_t>& list : lists) {
       Case c;
       c.m = m;
@@ -340,7 +363,7 @@ void TilesOfTokens(Checker* check) {
       c.float16 = seed % 4 == 0;
       c.seed = ++seed;
       RunCase(check, c, Executor(), 4);
-      if (m >= 16) ExpectRowsAsAlone(check, c);
+      if (m >= 16 || m <= kMostLookupTokens) ExpectRowsAsAlone(check, c);
     }
   }
 }

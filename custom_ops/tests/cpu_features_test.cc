@@ -67,6 +67,9 @@ int main() {
                avxvnni);
   check.Expect(((SupportedIsa() & isa::kAvx512) != 0) == avx512, "avx512: /proc/cpuinfo says ",
                avx512);
+  const bool vbmi = avx512 && HasAll(flags, {"avx512vbmi", "gfni"});
+  check.Expect(((SupportedIsa() & isa::kVbmiGfni) != 0) == vbmi,
+               "VBMI and GFNI: /proc/cpuinfo says ", vbmi);
   const bool amx = avx512 && HasAll(flags, {"amx_tile", "amx_int8"}) && TilesAreGranted();
   check.Expect(((SupportedIsa() & isa::kAmxInt8) != 0) == amx,
                "amx: /proc/cpuinfo and arch_prctl say ", amx);

@@ -281,6 +281,101 @@ inline Int8Product ProductInInt8(const ReferenceWeight& w, const ReferenceTransf
   return result;
 }
 
+// What the lookup rule of OPS.md makes of one chunk: all roundings in float32.
+struct LookupChunk {
+  double scale = 0.0;
+  int sums[16][16] = {};      // [4 t + e][c]
+  double error[16][16] = {};  // of sums * scale, where the transform is not exact in float32
+};
+
+inline LookupChunk MakeLookupChunk(const ReferenceTransform& x, std::size_t chunk) {
+  LookupChunk result;
+  const auto column = [&](std::size_t group, std::size_t i) {
+    return chunk * 64 + 16 * (group / 4) + 4 * i + group % 4;
+  };
+  float largest = 0.0F;
+  double transform_error = 0.0;
+  for (std::size_t group = 0; group < 16; ++group) {
+    float quarters[4];
+    double group_error = 0.0;
+    for (std::size_t i = 0; i < 4; ++i) {
+      quarters[i] = std::fabs(static_cast<float>(x.v[column(group, i)])) * 0.25F;
+      group_error += x.error[column(group, i)];
+    }
+    largest = std::max(largest, (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]));
+    transform_error = std::max(transform_error, group_error);
+  }
+  const float scale = largest / 31.75F;
+  if (scale < FLT_MIN) return result;
+  result.scale = scale;
+  const float inverse = 1.0F / scale;
+  const double scale_error = transform_error / 127.0 + 4.0 * FLT_EPSILON * result.scale;
+  for (std::size_t group = 0; group < 16; ++group) {
+    for (unsigned c = 0; c < 16; ++c) {
+      float terms[4];
+      double error = 0.0;
+      for (std::size_t i = 0; i < 4; ++i) {
+        const float ratio = static_cast<float>(x.v[column(group, i)]) * inverse;
+        terms[i] = (c >> i & 1U) != 0 ? ratio : -ratio;
+        error += x.error[column(group, i)];
+      }
+      const float sum = (terms[0] + terms[1]) + (terms[2] + terms[3]);
+      const int rounded = static_cast<int>(std::nearbyint(sum));
+      result.sums[group][c] = rounded;
+      if (transform_error == 0.0) continue;
+      // As in QuantizeChunk. Sums of up to 127 are rounded in float32 to within 127 FLT_EPSILON.
+      const double shift = (error + 127.0 * scale_error) / result.scale + 254.0 * FLT_EPSILON;
+      const double from_tie = 0.5 - std::fabs(static_cast<double>(sum) - rounded);
+      result.error[group][c] =
+          std::abs(rounded) * scale_error + (from_tie <= shift ? result.scale : 0.0);
+    }
+  }
+  return result;
+}
+
+struct LookupProduct {
+  ReferenceValue emulated;  // the lookup rule; bound: float32 summation alone
+  ReferenceValue exact;     // the exact product; bound: that of OPS.md for the lookup rule
+};
+
+// x is finite. `chunks` is MakeLookupChunk of every chunk.
+inline LookupProduct ProductByLookup(const ReferenceWeight& w, const ReferenceTransform& x,
+                                     const std::vector<LookupChunk>& chunks, std::size_t row) {
+  LookupProduct result;
+  double absolute = 0.0;
+  for (std::size_t k = 0; k < chunks.size(); ++k) {
+    const LookupChunk& chunk = chunks[k];
+    for (std::size_t p = 0; p < w.planes(64 * k); ++p) {
+      const double alpha = w.coefficient(p, row, 64 * k);
+      for (std::size_t group = 0; group < 16; ++group) {
+        unsigned c = 0;
+        double exact = 0.0;
+        for (std::size_t i = 0; i < 4; ++i) {
+          const std::size_t j = 64 * k + 16 * (group / 4) + 4 * i + group % 4;
+          const double sign = w.sign(p, row, j);
+          if (sign > 0) c |= 1U << i;
+          exact += sign * x.v[j];
+          absolute += std::fabs(alpha * x.v[j]);
+          result.exact.bound += std::fabs(alpha) * x.error[j];
+        }
+        const double rounded = chunk.sums[group][c] * chunk.scale;
+        absolute += std::fabs(alpha * rounded);
+        result.emulated.value += alpha * rounded;
+        result.emulated.bound += std::fabs(alpha) * chunk.error[group][c];
+        result.exact.value += alpha * exact;
+        result.exact.bound += std::fabs(alpha) * 0.501 * chunk.scale;
+        if (chunk.scale == 0.0) result.exact.bound += std::fabs(alpha) * 127 * double{FLT_MIN};
+      }
+    }
+  }
+  // Sums within a chunk are exact; per chunk and per plane there is a product and a sum.
+  const double roundings = static_cast<double>(chunks.size()) + 16.0;
+  const double rounding_error = roundings * (FLT_EPSILON * absolute + kSmallestFloat);
+  result.emulated.bound += rounding_error;
+  result.exact.bound += rounding_error;
+  return result;
+}
+
 // ---- TokenPrune ----
 
 struct ReferencePrune {

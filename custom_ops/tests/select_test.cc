@@ -54,7 +54,7 @@ void EveryBuild(Checker* check) {
 }
 
 #if defined(BIVLM_CPU_AVX2) && defined(BIVLM_CPU_AVXVNNI) && defined(BIVLM_CPU_AVX512) && \
-    defined(BIVLM_CPU_AMX)
+    defined(BIVLM_CPU_AVX512VBMI) && defined(BIVLM_CPU_AMX)
 #define BIVLM_TEST_X86_BUILD
 void X86Build(Checker* check) {
   ExpectName(check, isa::kAvx2, "", "avx2");
@@ -63,12 +63,17 @@ void X86Build(Checker* check) {
   ExpectName(check, isa::kAvx2 | isa::kAvx512, "avx2", "avx2");
   ExpectName(check, isa::kAvx2 | isa::kAvx512, "avxvnni", "none");
   ExpectName(check, isa::kAvx2 | isa::kAvx512, "amx", "none");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512, "avx512vbmi", "none");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kVbmiGfni, "", "avx512vbmi");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kVbmiGfni, "avx512", "avx512");
   ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kAmxInt8, "", "amx");
   ExpectName(check, isa::kAvxVnni, "avxvnni", "none");
   ExpectName(check, isa::kAvx2 | isa::kAvxVnni, "", "avxvnni");
   ExpectName(check, isa::kAvx2 | isa::kAvxVnni | isa::kAvx512, "", "avx512");
   ExpectAvailable(check, isa::kAvx2, "avx2, generic");
   ExpectAvailable(check, isa::kAvx2 | isa::kAvx512, "avx512, avx2, generic");
+  ExpectAvailable(check, isa::kAvx2 | isa::kAvx512 | isa::kVbmiGfni,
+                  "avx512vbmi, avx512, avx2, generic");
   ExpectAvailable(check, isa::kAvx2 | isa::kAvxVnni, "avxvnni, avx2, generic");
 }
 #endif

@@ -105,6 +105,9 @@ struct BinaryMatMulFunctions {
   // `prepared` starts at row_begin.
   void (*multiply)(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
                    std::size_t panel_begin, std::size_t panel_end, const std::byte* prepared);
+  // Products of at most few_tokens tokens are left to `few`, which may round by another rule.
+  std::size_t few_tokens = 0;
+  const BinaryMatMulFunctions* few = nullptr;
 };
 
 struct BinaryMatMulKernel {

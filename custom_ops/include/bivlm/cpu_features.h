@@ -10,10 +10,11 @@ using IsaSet = uint32_t;
 
 namespace isa {
 inline constexpr IsaSet kNone = 0;
-inline constexpr IsaSet kAvx2 = 1U << 0;     // AVX2, FMA and F16C
-inline constexpr IsaSet kAvx512 = 1U << 1;   // AVX-512 F, BW, DQ, VL and VNNI
-inline constexpr IsaSet kAvxVnni = 1U << 2;  // VNNI of 256-bit vectors without AVX-512
-inline constexpr IsaSet kAmxInt8 = 1U << 3;  // AMX tiles and their int8 products
+inline constexpr IsaSet kAvx2 = 1U << 0;      // AVX2, FMA and F16C
+inline constexpr IsaSet kAvx512 = 1U << 1;    // AVX-512 F, BW, DQ, VL and VNNI
+inline constexpr IsaSet kAvxVnni = 1U << 2;   // VNNI of 256-bit vectors without AVX-512
+inline constexpr IsaSet kAmxInt8 = 1U << 3;   // AMX tiles and their int8 products
+inline constexpr IsaSet kVbmiGfni = 1U << 4;  // AVX-512 VBMI and GFNI
 }  // namespace isa
 
 // What this CPU has and its operating system has switched on. The first call asks Linux for the

@@ -132,7 +132,8 @@ void RunBinaryMatMul(const BinaryMatMulKernel& kernel, const BinaryMatMulArgs& a
                      const Executor& executor) {
   if (args.m == 0) return;
   const BinaryMatMulWeight& weight = *args.weight;
-  const BinaryMatMulFunctions& functions = *kernel.functions;
+  const bool few = args.m <= kernel.functions->few_tokens;
+  const BinaryMatMulFunctions& functions = few ? *kernel.functions->few : *kernel.functions;
   const std::size_t row_bytes = functions.row_bytes(weight);
   const std::size_t pass_rows = std::min(args.m, kPassRows);
   const std::size_t row_products = weight.panels * kPanelRows * weight.k_padded;

@@ -63,6 +63,9 @@ static IsaSet FindIsa() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
     supported |= isa::kAvx512;
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni")) {
+      supported |= isa::kVbmiGfni;
+    }
     if (HasAmxInt8()) supported |= isa::kAmxInt8;
   }
 #endif

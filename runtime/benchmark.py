@@ -29,7 +29,7 @@ from bivlm_edge.runtime.session import KERNEL_VARIABLE
 
 _WORKER = "bivlm_edge.runtime.bench_worker"
 _CPU_FLAGS = (
-    *("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx_vnni", "gfni"),
+    *("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512vbmi", "avx_vnni", "gfni"),
     *("amx_int8", "asimd", "asimddp", "i8mm", "sve2"),
 )
 _TIMES = ("ttft_ms", "preprocess_ms", "first_run_ms", "prefill_ms", "vision_ms", "decode_ms")

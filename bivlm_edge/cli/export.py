@@ -46,7 +46,8 @@ def export(
         str | None,
         typer.Option(
             "--model",
-            help="Checkpoint: a local folder or a hub id. [default: the bundled reference model]",
+            help="Checkpoint: a local folder or a hub id.",
+            show_default="the bundled reference model",
         ),
     ] = None,
     method: Annotated[str, typer.Option("--method", help=_choices(METHODS))] = "bivlm-edge",
@@ -63,7 +64,8 @@ def export(
         typer.Option(
             "--calibration",
             help="Folder of pictures with prompts.txt (a question per line) or a .jsonl file of "
-            "image, question, answer. [default: easy-VQA training pictures]",
+            "image, question, answer.",
+            show_default="easy-VQA training pictures",
         ),
     ] = None,
     calibration_samples: Annotated[

@@ -16,7 +16,7 @@
 #include <cstring>
 
 #include "amx/tiles.h"
-#include "int8_rows.h"
+#include "avx512/binary_matmul_avx512.h"
 
 namespace bivlm {
 namespace {
@@ -48,65 +48,28 @@ TileConfig MakeTileConfig(std::size_t last_tokens) {
   return config;
 }
 
-// What a stream needs of a panel's coefficients, one row per 32-bit lane.
-struct Codebook {
-  __m512i levels;  // pairs: byte c of lane r = level of code c
-  __m512 scale;    // pairs: step; single planes: alpha
-};
-
-__m512 Coefficients(const uint8_t* coefficients, std::size_t slot) {
-  return _mm512_cvtph_ps(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(coefficients + 2 * slot * kPanelRows)));
-}
-
-// The low byte of each lane, at byte `position`.
-template <unsigned position>
-__m512i ByteAt(__m512i q) {
-  return _mm512_slli_epi32(_mm512_and_si512(q, _mm512_set1_epi32(0xFF)), 8 * position);
-}
-
-Codebook MakeCodebook(const BinaryMatMulStream& stream, const uint8_t* coefficients) {
-  const __m512 a = Coefficients(coefficients, stream.coefficient_slot);
-  if (!stream.is_pair) return {_mm512_setzero_si512(), a};
-  const __m512 b = Coefficients(coefficients, stream.coefficient_slot + 1);
-  const __m512 l1 = _mm512_sub_ps(a, b);
-  const __m512 l3 = _mm512_add_ps(a, b);
-  const __m512 largest = _mm512_max_ps(_mm512_abs_ps(l1), _mm512_abs_ps(l3));
-  const __m512 step = _mm512_div_ps(largest, _mm512_set1_ps(127.0F));
-  const __mmask16 nonzero = _mm512_cmp_ps_mask(step, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  const __m512i q1 = _mm512_maskz_cvtps_epi32(nonzero, _mm512_div_ps(l1, step));
-  const __m512i q3 = _mm512_maskz_cvtps_epi32(nonzero, _mm512_div_ps(l3, step));
-  // Levels 0 and 2 are the negatives of 3 and 1.
-  const __m512i zero = _mm512_setzero_si512();
-  const __m512i low = _mm512_or_si512(ByteAt<0>(_mm512_sub_epi32(zero, q3)), ByteAt<1>(q1));
-  const __m512i high = _mm512_or_si512(ByteAt<2>(_mm512_sub_epi32(zero, q1)), ByteAt<3>(q3));
-  return {_mm512_or_si512(low, high), step};
-}
-
-void UnpackPair(const uint8_t* codes, __m512i levels, int8_t* unpacked) {
-  // vpshufb looks up among the 16 bytes of 4 rows: bits 2 and 3 of an index are the row.
-  const __m512i row_bits = _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0);
+// The tile product takes both sides signed: levels without the offset of avx512.
+void UnpackPair(const uint8_t* codes, const Codebook& codebook, int8_t* unpacked) {
+  const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
   for (std::size_t vector = 0; vector < 4; ++vector) {
-    const __m512i bytes = _mm512_loadu_si512(codes + 64 * vector);
+    const __m512i low = _mm512_loadu_si512(codes + 64 * vector);
+    const __m512i high = _mm512_srli_epi16(low, 4);
 #pragma GCC unroll 4
-    for (unsigned i = 0; i < 4; ++i) {
-      // (bits & 3) | row_bits
-      const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 2 * i),
-                                                      _mm512_set1_epi8(3), row_bits, 0xEA);
-      _mm512_store_si512(unpacked + 64 * (4 * vector + i), _mm512_shuffle_epi8(levels, index));
+    for (std::size_t i = 0; i < 4; ++i) {
+      const __m512i levels = _mm512_xor_si512(PairLevels(codebook, low, high, i), offset);
+      _mm512_store_si512(unpacked + 64 * (4 * vector + i), levels);
     }
   }
 }
 
 void UnpackSingle(const uint8_t* codes, int8_t* unpacked) {
+  const __m512i offset = _mm512_set1_epi8(1);
   for (std::size_t vector = 0; vector < 2; ++vector) {
     const __m512i bytes = _mm512_loadu_si512(codes + 64 * vector);
 #pragma GCC unroll 8
     for (unsigned i = 0; i < 8; ++i) {
-      const __mmask64 plus =
-          _mm512_test_epi8_mask(bytes, _mm512_set1_epi8(static_cast<char>(1U << i)));
-      _mm512_store_si512(unpacked + 64 * (8 * vector + i),
-                         _mm512_mask_blend_epi8(plus, _mm512_set1_epi8(-1), _mm512_set1_epi8(1)));
+      const __m512i levels = _mm512_sub_epi8(SingleLevels(bytes, i), offset);
+      _mm512_store_si512(unpacked + 64 * (8 * vector + i), levels);
     }
   }
 }
@@ -122,7 +85,7 @@ void Unpack(const BinaryMatMulStream& stream, const uint8_t* codes, const Codebo
             Block* block) {
   for (std::size_t i = 0; i < block->chunks; ++i) {
     if (stream.is_pair) {
-      UnpackPair(codes, codebook.levels, block->levels + i * kChunkLevels);
+      UnpackPair(codes, codebook, block->levels + i * kChunkLevels);
     } else {
       UnpackSingle(codes, block->levels + i * kChunkLevels);
     }
@@ -203,32 +166,18 @@ void MultiplyStream(const BinaryMatMulWeight& weight, const BinaryMatMulStream& 
   }
 }
 
-void Store(const BinaryMatMulArgs& args, std::size_t row, std::size_t column, __m512 sums) {
-  const std::size_t n = args.weight->n;
-  const std::size_t count = std::min(kPanelRows, n - column);
-  const __mmask16 mask = static_cast<__mmask16>((1U << count) - 1U);
-  const std::size_t offset = row * n + column;
-  if (args.type == ElementType::kFloat32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(args.y) + offset, mask, sums);
-  } else {
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + offset, mask,
-                             _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
-  }
-}
-
 // At most kGroupRows rows with one panel.
 void MultiplyGroup(const BinaryMatMulArgs& args, std::size_t panel, std::size_t row_begin,
                    std::size_t rows, std::byte* prepared) {
   const BinaryMatMulWeight& weight = *args.weight;
-  const uint8_t* codes = weight.codes + panel * weight.panel_code_bytes;
-  const uint8_t* coefficients =
-      weight.coefficients + 2 * panel * weight.coefficient_slots * kPanelRows;
+  Panel opened;
+  OpenPanel(weight, panel, &opened);
   TokenSums partial[kGroupRows];
   TokenSums sums[kGroupRows];
   std::memset(sums, 0, rows * sizeof(*sums));
   for (std::size_t s = 0; s < weight.stream_count; ++s) {
-    const Codebook codebook = MakeCodebook(weight.streams[s], coefficients);
-    MultiplyStream(weight, weight.streams[s], codebook, codes, rows, prepared, partial);
+    const Codebook& codebook = opened.codebooks[s];
+    MultiplyStream(weight, weight.streams[s], codebook, opened.codes, rows, prepared, partial);
     for (std::size_t r = 0; r < rows; ++r) {
       const __m512 sum = _mm512_load_ps(sums[r].rows);
       _mm512_store_ps(sums[r].rows,
@@ -236,7 +185,7 @@ void MultiplyGroup(const BinaryMatMulArgs& args, std::size_t panel, std::size_t 
     }
   }
   for (std::size_t r = 0; r < rows; ++r) {
-    Store(args, row_begin + r, panel * kPanelRows, _mm512_load_ps(sums[r].rows));
+    Store(args, row_begin + r, opened.column, _mm512_load_ps(sums[r].rows));
   }
 }
 

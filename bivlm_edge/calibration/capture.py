@@ -49,7 +49,7 @@ class LayerGroup:
 
 
 @dataclass(slots=True)
-class _Call:
+class Call:
     """One block's arguments for one batch; the hidden states are exchanged from block to block."""
 
     args: tuple[Any, ...]
@@ -57,6 +57,7 @@ class _Call:
 
     @property
     def hidden(self) -> Tensor:
+        """The hidden states that the block takes."""
         value = self.args[0] if self.args else self.kwargs.get("hidden_states")
         if not isinstance(value, Tensor):
             raise UnsupportedModelError(
@@ -66,15 +67,61 @@ class _Call:
         return value
 
     def run(self, block: nn.Module) -> Tensor:
+        """Return the hidden states that the block makes of them."""
         output = block(*self.args, **self.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
     def replace_hidden(self, hidden: Tensor) -> None:
+        """Exchange the hidden states, all other arguments stay."""
         if self.args:
             self.args = (hidden, *self.args[1:])
         else:
             self.kwargs["hidden_states"] = hidden
+
+
+class Weighting(Protocol):
+    """Tells how much each token counts in the statistics of each layer, block by block."""
+
+    def weigh(
+        self, part: str, name: str, block: nn.Module, calls: Sequence[Call]
+    ) -> Mapping[str, Sequence[Tensor]]:
+        """Weigh the input rows of a block's layers before any layer in it is changed.
+
+        Called once per block, in order of execution; the blocks before it compute what their
+        quantized layers do, and so the hidden states of `calls` are those of the quantized model.
+
+        Args:
+            part: Name of the block sequence.
+            name: Dotted name of the block in the whole model.
+            block: The block with float weights; to be left as it is.
+            calls: Its arguments, one per batch; to be left as they are.
+
+        Returns:
+            Dotted layer name in the whole model -> per batch float (rows,), the weight of each
+            input row. Rows of a layer that is missing weigh alike.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class FixedWeights:
+    """Token weights that were found beforehand, for the whole model.
+
+    Attributes:
+        weights: Dotted layer name -> per batch float (rows,).
+    """
+
+    weights: TokenWeights
+
+    def weigh(
+        self,
+        part: str,  # noqa: ARG002 - see Weighting
+        name: str,  # noqa: ARG002
+        block: nn.Module,  # noqa: ARG002
+        calls: Sequence[Call],  # noqa: ARG002
+    ) -> TokenWeights:
+        """Return all weights, whichever block it is."""
+        return self.weights
 
 
 class _Stopped(Exception):  # noqa: N818 - control flow, not an error
@@ -85,7 +132,7 @@ def walk(
     module: nn.Module,
     sequences: Sequence[Blocks],
     batches: Sequence[Batch],
-    token_weights: TokenWeights | None = None,
+    weighting: Weighting | None = None,
 ) -> Iterator[LayerGroup]:
     """Yield the groups of linear layers in order of execution, each with fresh statistics.
 
@@ -98,8 +145,8 @@ def walk(
         module: The whole model; called as `module(**batch)`.
         sequences: Block sequences in order of execution.
         batches: Arguments of the model; "labels" is left out.
-        token_weights: Weight of every input row of a layer in its statistics, by dotted name of
-            the layer, one 1-D tensor per batch; None weighs all rows alike.
+        weighting: Gives the weight of every input row of a layer in its statistics; None weighs
+            all rows alike.
     """
     for sequence in sequences:
         if not sequence.blocks:
@@ -107,21 +154,22 @@ def walk(
         calls = [_capture(module, sequence.blocks[0][1], batch) for batch in batches]
         for number, (name, block) in enumerate(sequence.blocks):
             prefix = f"{name}." if name else ""
+            weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
             for layers in _shared_inputs(block, calls[0]):
                 named = {prefix + local: layer for local, layer in layers.items()}
-                inputs, weighted = _collect(block, calls, named, token_weights or {})
+                inputs, weighted = _collect(block, calls, named, weights)
                 yield LayerGroup(sequence.name, named, inputs, weighted)
             if number + 1 < len(sequence.blocks):
                 _advance(block, calls)
 
 
 @torch.no_grad()
-def _capture(module: nn.Module, block: nn.Module, batch: Batch) -> _Call:
+def _capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
     """The arguments with which the model calls `block`; nothing behind it runs."""
-    captured: list[_Call] = []
+    captured: list[Call] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.append(_Call(args, dict(kwargs)))
+        captured.append(Call(args, dict(kwargs)))
         raise _Stopped
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
@@ -145,7 +193,7 @@ def _capture(module: nn.Module, block: nn.Module, batch: Batch) -> _Call:
 
 
 @torch.no_grad()
-def _shared_inputs(block: nn.Module, call: _Call) -> list[dict[str, nn.Linear]]:
+def _shared_inputs(block: nn.Module, call: Call) -> list[dict[str, nn.Linear]]:
     """The block's linear layers in order of execution, those with the same input together."""
     groups: dict[int, dict[str, nn.Linear]] = {}
     seen: set[str] = set()
@@ -176,7 +224,7 @@ def _shared_inputs(block: nn.Module, call: _Call) -> list[dict[str, nn.Linear]]:
 @torch.no_grad()
 def _collect(
     block: nn.Module,
-    calls: Sequence[_Call],
+    calls: Sequence[Call],
     layers: Mapping[str, nn.Linear],
     token_weights: TokenWeights,
 ) -> tuple[InputStatistics, dict[str, InputStatistics]]:
@@ -212,7 +260,7 @@ def _collect(
 
 
 @torch.no_grad()
-def _advance(block: nn.Module, calls: Sequence[_Call]) -> None:
+def _advance(block: nn.Module, calls: Sequence[Call]) -> None:
     """Replace each call's hidden states by the block's output."""
     for call in calls:
         call.replace_hidden(call.run(block))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import Batch, Blocks, LayerGroup, TokenWeights, walk
+from bivlm_edge.calibration.capture import Batch, Blocks, FixedWeights, LayerGroup, Weighting, walk
 from bivlm_edge.calibration.importance import token_importance
 from bivlm_edge.calibration.moments import Moments
 from bivlm_edge.config import QuantConfig
@@ -137,13 +137,13 @@ def quantize_model(
         raise RequestError("there are no calibration batches. Give at least one.")
     sequences = vlm.block_sequences()
     total = len(linear_layers(vlm.module)) - len(result.skipped)
-    importance: TokenWeights | None = None
+    weighting: Weighting | None = None
     plans: Mapping[str, Plan] = {}
     if config.method == "bivlm-edge":
-        importance = token_importance(vlm.module, sequences, batches, config.seed)
-        groups = walk(vlm.module, sequences, batches, importance)
+        weighting = FixedWeights(token_importance(vlm.module, sequences, batches, config.seed))
+        groups = walk(vlm.module, sequences, batches, weighting)
         plans = _divide_budget(groups, result.skipped, config)
-    for group in walk(vlm.module, sequences, batches, importance):
+    for group in walk(vlm.module, sequences, batches, weighting):
         names = [name for name in group.layers if name not in result.skipped]
         if not names:
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from bivlm_edge.calibration.capture import walk
+from bivlm_edge.calibration.capture import Call, FixedWeights, walk
 from bivlm_edge.calibration.importance import TEMPERATURE, fisher_direction, token_importance
 from bivlm_edge.calibration.moments import StatisticsCollector, is_held_out
 from bivlm_edge.errors import UnsupportedModelError
@@ -129,7 +129,7 @@ def test_token_weights_weigh_the_rows_of_their_layer_only() -> None:
     name = f"{sequences[0].blocks[0][0]}.self_attn.k_proj"
     generator = torch.Generator().manual_seed(0)
     weights = {name: [torch.rand(18, generator=generator) for _ in batches]}
-    group = next(iter(walk(module, sequences, batches, weights)))
+    group = next(iter(walk(module, sequences, batches, FixedWeights(weights))))
     assert list(group.weighted) == [name]
     rows = inputs_of(module, group.layers[name], batches[0])
     weight = weights[name][0].double()
@@ -138,6 +138,38 @@ def test_token_weights_weigh_the_rows_of_their_layer_only() -> None:
     torch.testing.assert_close(moments.hessian, expected, rtol=1e-4, atol=1e-6)
     assert moments.weight == pytest.approx(float(weight.sum()))
     assert group.inputs.fit.weight == 18
+
+
+def test_weighting_sees_each_block_before_it_changes_on_quantized_inputs() -> None:
+    module = tiny_llava()
+    batches = llava_batches(2)
+    sequences = llava_sequences(module)
+    float_weights = {name: layer.clone() for name, layer in module.state_dict().items()}
+    blocks = [name for sequence in sequences for name, _ in sequence.blocks]
+    seen: list[str] = []
+
+    class Recorder:
+        def weigh(
+            self, part: str, name: str, block: nn.Module, calls: Sequence[Call]
+        ) -> dict[str, list[Tensor]]:
+            assert part == next(s.name for s in sequences if (name, block) in s.blocks)
+            for local, value in block.state_dict().items():
+                assert torch.equal(value, float_weights[f"{name}.{local}"])
+            expected = inputs_of(module, block, batches[1])
+            hidden = calls[1].hidden
+            torch.testing.assert_close(hidden.reshape(expected.shape).double(), expected)
+            seen.append(name)
+            first = next(n for n, m in block.named_modules() if isinstance(m, nn.Linear))
+            rows = [call.hidden[..., 0].numel() for call in calls]
+            return {f"{name}.{first}": [torch.full((count,), 2.0) for count in rows]}
+
+    for group in walk(module, sequences, batches, Recorder()):
+        for name, moments in group.weighted.items():
+            assert name in group.layers
+            assert moments.fit.weight == 2 * group.inputs.fit.rows
+        for layer in group.layers.values():
+            layer.weight.data = layer.weight.data * 1.5
+    assert seen == blocks
 
 
 def test_the_walk_leaves_no_hooks_and_no_gradients() -> None:

@@ -200,7 +200,7 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
             f"'{source}' holds no config.json. Give a folder that save_pretrained() wrote, "
             "or a hub id such as 'HuggingFaceTB/SmolVLM-256M-Instruct'."
         )
-    config = _load(source, "configuration", transformers.AutoConfig.from_pretrained)
+    config = load_part(source, "configuration", transformers.AutoConfig.from_pretrained)
     family = families.FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(
@@ -208,7 +208,7 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
             f"Supported: {', '.join(sorted(families.FAMILIES))}."
         )
     family.check(config)
-    module, loading = _load(
+    module, loading = load_part(
         source,
         "weights",
         transformers.AutoModelForImageTextToText.from_pretrained,
@@ -219,14 +219,9 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
             "output_loading_info": True,
         },
     )
-    absent = [*loading["missing_keys"], *loading["mismatched_keys"]]
-    if absent:
-        raise CheckpointError(
-            f"'{source}' lacks {len(absent)} weights or has them in another shape, the first is "
-            f"{absent[0]}. transformers would draw them at random; give the complete checkpoint."
-        )
-    tokenizer = _load(source, "tokenizer", transformers.AutoTokenizer.from_pretrained)
-    image_processor = _load(
+    require_all_weights(source, loading)
+    tokenizer = load_part(source, "tokenizer", transformers.AutoTokenizer.from_pretrained)
+    image_processor = load_part(
         source,
         "image processor",
         transformers.AutoImageProcessor.from_pretrained,
@@ -262,7 +257,17 @@ def _chat_template(source: str, tokenizer: Any, image_token: str) -> str:
     )
 
 
-def _load(
+def require_all_weights(source: str, loading: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights; `loading` is the loading_info of transformers."""
+    absent = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    if absent:
+        raise CheckpointError(
+            f"'{source}' lacks {len(absent)} weights or has them in another shape, the first is "
+            f"{absent[0]}. transformers would draw them at random; give the complete checkpoint."
+        )
+
+
+def load_part(
     source: str,
     what: str,
     loader: Callable[..., Any],

@@ -17,7 +17,7 @@ from bivlm_edge.calibration.importance import token_importance
 from bivlm_edge.calibration.moments import Moments
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import CheckpointError, RequestError
-from bivlm_edge.quant import bivlm_edge, bivlm_paper, gptq, rtn
+from bivlm_edge.quant import methods
 from bivlm_edge.quant.allocation import Plan, allocate, group_plans
 from bivlm_edge.quant.linalg import output_energy
 from bivlm_edge.quant.options import LayerOptions
@@ -26,18 +26,9 @@ from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import QuantizedWeight
 from bivlm_edge.quant.work_folder import WorkFolder, describe_run, pack_weight, unpack_weight
 
-NBITS4_GROUP = 32
 _CONSTANT = 2.0**-14  # 1 % of it, the damping, is above the 2^-24 by which float32 products err
 
-LayerMethod = Callable[[Tensor, Tensor, LayerOptions], QuantizedWeight]
 Progress = Callable[[str, int, int], None]
-
-BASELINES: dict[str, LayerMethod] = {
-    "bivlm-paper": bivlm_paper.quantize,
-    "gptq": gptq.quantize,
-    "rtn": rtn.quantize,
-    "nbits4": rtn.quantize,
-}
 
 
 class QuantizableModel(Protocol):
@@ -151,15 +142,17 @@ def quantize_model(
     total = len(linear_layers(vlm.module)) - len(result.skipped)
     weighting: Weighting | None = None
     plans: Mapping[str, Plan] = {}
-    if config.method == "bivlm-edge":
+    needs = methods.declaration(config.method).needs
+    if "importance" in needs:
         weighting = _fixed_weights(vlm, sequences, batches, config, work)
+    if "budget" in needs:
         plans = _plan(vlm.module, sequences, batches, weighting, result.skipped, config, work)
 
     def restore(layers: Mapping[str, nn.Linear]) -> bool:
         names = [name for name in layers if name not in result.skipped]
         if names and not _restore_group(names, layers, result, work):
             return False
-        _note_stacked(names, result, config)
+        _note_stacked(names, result)
         return True
 
     for group in walk(vlm.module, sequences, batches, weighting, restore):
@@ -171,7 +164,7 @@ def quantize_model(
         for name, weight in zip(names, weights, strict=True):
             result.reports.append(_install(name, weight, group, config.method))
             result.weights[name] = weight
-        _note_stacked(names, result, config)
+        _note_stacked(names, result)
         _save_group(names, group.layers, result, work)
     for name in linear_layers(vlm.module):
         if name not in result.weights:
@@ -209,10 +202,11 @@ def skipped_layers(vlm: QuantizableModel, method: str) -> dict[str, str]:
     return skipped
 
 
-def _note_stacked(names: Sequence[str], result: QuantizedModel, config: QuantConfig) -> None:
+def _note_stacked(names: Sequence[str], result: QuantizedModel) -> None:
     """Note whether layers with the same input become one weight in the graph."""
-    is_shared = config.method == "bivlm-edge" and len(names) > 1
-    if is_shared and can_stack([result.weights[name].n for name in names]):
+    weights = [result.weights[name] for name in names]
+    is_shared = len(names) > 1 and all(isinstance(weight, BinaryWeight) for weight in weights)
+    if is_shared and can_stack([weight.n for weight in weights]):
         result.stacked.append(tuple(names))
 
 
@@ -251,7 +245,7 @@ def _fixed_weights(
     found = work.load("importance")
     if found is not None:
         split: dict[str, list[Tensor]] = {
-            name: list(torch.from_numpy(found.arrays[name]).split(lengths))
+            name: list(torch.split(torch.from_numpy(found.arrays[name]), lengths))
             for name, lengths in found.values.items()
         }
         return FixedWeights(split)
@@ -310,7 +304,7 @@ def _plan(
     module: nn.Module,
     sequences: Sequence[Blocks],
     batches: Sequence[Batch],
-    weighting: Weighting,
+    weighting: Weighting | None,
     skipped: Mapping[str, str],
     config: QuantConfig,
     work: WorkFolder,
@@ -409,22 +403,28 @@ def _seed(config: QuantConfig, group: LayerGroup) -> int:
 def _quantize_group(
     names: Sequence[str], group: LayerGroup, config: QuantConfig, plan: Plan | None
 ) -> Sequence[QuantizedWeight]:
-    """Quantize layers with the same input; `plan` is theirs with bivlm-edge."""
-    if plan is not None:
-        layers = [_calibrated(name, group) for name in names]
-        return bivlm_edge.quantize(layers, plan.nbytes, _seed(config, group))
+    """Quantize layers with the same input; `plan` is their share of the budget, if there is one."""
     options = LayerOptions(
         part=group.part,
-        bits=4 if config.method == "nbits4" else config.bits,
-        group=NBITS4_GROUP if config.method == "nbits4" else None,
+        bits=config.bits,
         n_uns=config.n_uns,
+        byte_budget=plan.nbytes if plan else 0,
+        seed=_seed(config, group),
     )
-    return [
-        BASELINES[config.method](
-            group.layers[name].weight.detach().float().clone(), group.inputs.fit.hessian, options
-        )
-        for name in names
-    ]
+    describe = _calibrated if "bias" in methods.declaration(config.method).needs else _uncentred
+    layers = [describe(name, group) for name in names]
+    return methods.load(config.method).quantize(layers, options)
+
+
+def _uncentred(name: str, group: LayerGroup) -> CalibratedLayer:
+    """A layer with E[x x^T] as it is, for methods that leave the bias alone."""
+    statistics = group.weighted.get(name, group.inputs)
+    return CalibratedLayer(
+        name=name,
+        weight=group.layers[name].weight.detach().float().clone(),
+        hessian=statistics.fit.hessian,
+        held_out=None if statistics.held_out is None else statistics.held_out.hessian,
+    )
 
 
 @torch.no_grad()
@@ -436,7 +436,7 @@ def _install(name: str, quantized: QuantizedWeight, group: LayerGroup, method: s
     layer.weight.copy_(rounded)
     judged = group.inputs.held_out or group.inputs.fit
     moments = judged.hessian
-    if method == "bivlm-edge" and _has_bias(layer):
+    if "bias" in methods.declaration(method).needs and _has_bias(layer):
         mean = group.weighted.get(name, group.inputs).fit.mean
         layer.bias.add_((weight - rounded).double() @ mean)
         moments = judged.around(mean)

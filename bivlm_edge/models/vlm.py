@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bivlm_edge.errors import CheckpointError, DataError, UnsupportedModelError
 from bivlm_edge.models import families
+from bivlm_edge.models.streaming import StreamedBlocks, load_weights
 from bivlm_edge.positions import position_rows
 
 
@@ -45,6 +46,7 @@ class VisionLanguageModel:
         tokenizer: Its tokenizer.
         image_processor: Its image processor (PIL backend).
         chat_template: Jinja text.
+        streamed: Reads the blocks of a model whose float weights stay on disk, or None.
     """
 
     name: str
@@ -53,6 +55,7 @@ class VisionLanguageModel:
     tokenizer: Any
     image_processor: Any
     chat_template: str
+    streamed: StreamedBlocks | None = None
 
     @property
     def decoder(self) -> nn.Module:
@@ -184,11 +187,13 @@ class VisionLanguageModel:
         return inputs
 
 
-def load_checkpoint(source: str | Path) -> VisionLanguageModel:
+def load_checkpoint(source: str | Path, stream: bool | None = None) -> VisionLanguageModel:
     """Open a checkpoint of a supported family.
 
     Args:
         source: A local folder, or the hub id of a model that `transformers` can fetch.
+        stream: Whether the float weights of blocks stay on disk; None: if the float weights exceed
+            half of the available memory.
 
     Raises:
         CheckpointError: Nothing loadable is there.
@@ -208,16 +213,18 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
             f"Supported: {', '.join(sorted(families.FAMILIES))}."
         )
     family.check(config)
-    module, loading = _load(
-        source,
-        "weights",
-        transformers.AutoModelForImageTextToText.from_pretrained,
-        {
-            "dtype": torch.float32,
-            "attn_implementation": "sdpa",
-            "use_safetensors": True,
-            "output_loading_info": True,
-        },
+    options = {
+        "dtype": torch.float32,
+        "attn_implementation": "sdpa",
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    loader = transformers.AutoModelForImageTextToText
+    module, loading, streamed = load_weights(
+        lambda more: _load(source, "weights", loader.from_pretrained, {**options, **more}),
+        lambda: loader.from_config(config),
+        lambda skeleton: (block for _, part in family.blocks(skeleton) for block in part),
+        stream,
     )
     absent = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if absent:
@@ -242,6 +249,7 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
         chat_template=_chat_template(
             source, tokenizer, tokenizer.convert_ids_to_tokens(config.image_token_id)
         ),
+        streamed=streamed,
     )
 
 

@@ -111,7 +111,8 @@ def export_model(
     weights = {**quantized.weights, **vocabulary.head}
     parameters = count_parameters(vlm.module)
     with staging(paths, overwrite=overwrite) as staged:
-        with parts.installed(vlm, weights, dtype):
+        paused = vlm.streamed.paused() if vlm.streamed else contextlib.nullcontext()
+        with parts.installed(vlm, weights, dtype), paused:
             written = write_bundle(vlm, vocabulary.table, staged, dtype, config, tell)
         tell("validating", 0, 1)
         samples = _validation_samples(vlm, items)

@@ -91,6 +91,14 @@ def export(
             "there, with the same result.",
         ),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Leave the float weights of blocks on disk until they are used.",
+            show_default="if they exceed half of the available memory",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing export.")
     ] = False,
@@ -141,7 +149,7 @@ def export(
     logging.disable_progress_bar()  # one bar is enough
     with progress_by_name() as tell:
         items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
-        vlm = load_checkpoint(model or checkpoint_path())
+        vlm = load_checkpoint(model or checkpoint_path(), stream=stream or None)
         result = export_model(
             vlm,
             items,

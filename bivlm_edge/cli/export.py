@@ -21,6 +21,7 @@ from bivlm_edge.cli.common import (
 from bivlm_edge.config import (
     DTYPES,
     FALLBACKS,
+    GRIDS,
     METHODS,
     PRUNE_MODES,
     ExportConfig,
@@ -54,8 +55,25 @@ def export(
     method: Annotated[str, typer.Option("--method", help=_choices(METHODS))] = "bivlm-edge",
     bits: Annotated[
         float,
-        typer.Option("--bits", help="True bits per weight, all scales and padding counted."),
+        typer.Option(
+            "--bits",
+            help="True bits per weight, all scales and padding counted; gptq and rtn: bits of a "
+            "code (2, 4 or 8).",
+        ),
     ] = 2.0,
+    grid: Annotated[
+        str,
+        typer.Option("--grid", help=f"gptq: levels per group or per row: {_choices(GRIDS)}"),
+    ] = "minmax",
+    n_uns: Annotated[
+        int, typer.Option("--n-uns", help="bivlm-paper: unsalient groups, 1 to 6.")
+    ] = 5,
+    paper_exact: Annotated[
+        bool,
+        typer.Option(
+            "--paper-exact", help="bivlm-paper: salient codes by equation 14 as it is printed."
+        ),
+    ] = False,
     keep_tokens: Annotated[
         float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
     ] = 1.0,
@@ -123,6 +141,9 @@ def export(
             bits=bits,
             seed=seed,
             calibration_samples=calibration_samples,
+            grid=grid,  # type: ignore[arg-type]  # checked by QuantConfig
+            n_uns=n_uns,
+            paper_exact=paper_exact,
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from bivlm_edge.cli.common import (
 from bivlm_edge.config import (
     DTYPES,
     FALLBACKS,
+    GRIDS,
     METHODS,
     PRUNE_MODES,
     ExportConfig,
@@ -54,8 +55,25 @@ def export(
     method: Annotated[str, typer.Option("--method", help=_choices(METHODS))] = "bivlm-edge",
     bits: Annotated[
         float,
-        typer.Option("--bits", help="True bits per weight, all scales and padding counted."),
+        typer.Option(
+            "--bits",
+            help="True bits per weight, all scales and padding counted; gptq and rtn: bits of a "
+            "code (2, 4 or 8).",
+        ),
     ] = 2.0,
+    grid: Annotated[
+        str,
+        typer.Option("--grid", help=f"gptq: levels per group or per row: {_choices(GRIDS)}"),
+    ] = "minmax",
+    n_uns: Annotated[
+        int, typer.Option("--n-uns", help="bivlm-paper: unsalient groups, 1 to 6.")
+    ] = 5,
+    paper_exact: Annotated[
+        bool,
+        typer.Option(
+            "--paper-exact", help="bivlm-paper: salient codes by equation 14 as it is printed."
+        ),
+    ] = False,
     keep_tokens: Annotated[
         float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
     ] = 1.0,
@@ -83,6 +101,22 @@ def export(
     ] = "nbits",
     opset: Annotated[int, typer.Option("--opset", help="Version of the standard operators.")] = 23,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    work_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--work-folder",
+            help="Folder that keeps each finished layer: the same command started again goes on "
+            "there, with the same result.",
+        ),
+    ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Leave the float weights of blocks on disk until they are used.",
+            show_default="if they exceed half of the available memory",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing export.")
     ] = False,
@@ -107,6 +141,9 @@ def export(
             bits=bits,
             seed=seed,
             calibration_samples=calibration_samples,
+            grid=grid,  # type: ignore[arg-type]  # checked by QuantConfig
+            n_uns=n_uns,
+            paper_exact=paper_exact,
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]
@@ -133,8 +170,16 @@ def export(
     logging.disable_progress_bar()  # one bar is enough
     with progress_by_name() as tell:
         items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
-        vlm = load_checkpoint(model or checkpoint_path())
-        result = export_model(vlm, items, target, config, overwrite=overwrite, progress=tell)
+        vlm = load_checkpoint(model or checkpoint_path(), stream=stream or None)
+        result = export_model(
+            vlm,
+            items,
+            target,
+            config,
+            overwrite=overwrite,
+            progress=tell,
+            work_folder=work_folder,
+        )
     if as_json:
         show_json(_summary(target, result.report))
         return

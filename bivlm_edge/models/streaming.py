@@ -212,7 +212,7 @@ def _put(block: nn.Module, local: str, value: Tensor) -> None:
 def load_weights(
     load: Callable[[Mapping[str, Any]], tuple[Any, Mapping[str, Any]]],
     make_skeleton: Callable[[], Any],
-    blocks: Callable[[Any], Iterable[nn.Module]],
+    blocks: Callable[[Any], Iterable[nn.Module] | None],
     stream: bool | None,
 ) -> tuple[Any, Mapping[str, Any], StreamedBlocks | None]:
     """Load a checkpoint, its blocks streamed if that is wanted.
@@ -239,7 +239,11 @@ def load_weights(
         return *load({}), None
     _require_accelerate()
     found = {id(module): name for name, module in skeleton.named_modules()}
-    names = [found[id(block)] for block in blocks(skeleton)]
+    names = [found[id(block)] for block in blocks(skeleton) or ()]
+    if not names:
+        raise UnsupportedModelError(
+            f"{type(skeleton).__name__} has no list of blocks that could be read one by one."
+        )
     device_map = dict.fromkeys(_outside(skeleton, "", frozenset(names)), "cpu")
     device_map |= dict.fromkeys(names, "disk")
     converted = tempfile.mkdtemp(prefix="bivlm-stream-")

@@ -253,9 +253,10 @@ def _check_weights(
         CheckpointError: a weight or bias of a layer to be quantized is not finite.
     """
     for name, layer in linear_layers(module).items():
-        for kind, values in layer.named_parameters(recurse=False):
+        for kind, parameter in layer.named_parameters(recurse=False):
             if name in skipped:
                 continue
+            values = parameter.detach()
             if streamed and values.is_meta:
                 values = streamed.read(f"{name}.{kind}")
             bad = int((~torch.isfinite(values)).sum())

@@ -124,7 +124,7 @@ class FixedWeights:
         return self.weights
 
 
-class _Stopped(Exception):  # noqa: N818 - control flow, not an error
+class Stopped(Exception):  # noqa: N818 - control flow, not an error
     """Everything wanted of this forward pass has been seen."""
 
 
@@ -157,7 +157,7 @@ def walk(
     for sequence in sequences:
         if not sequence.blocks:
             continue
-        calls = [_capture(module, sequence.blocks[0][1], batch) for batch in batches]
+        calls = [capture(module, sequence.blocks[0][1], batch) for batch in batches]
         for number, (name, block) in enumerate(sequence.blocks):
             prefix = f"{name}." if name else ""
             weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
@@ -172,17 +172,17 @@ def walk(
 
 
 @torch.no_grad()
-def _capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
+def capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
     """The arguments with which the model calls `block`; nothing behind it runs."""
     captured: list[Call] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.append(Call(args, dict(kwargs)))
-        raise _Stopped
+        raise Stopped
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with suppress(_Stopped):
+        with suppress(Stopped):
             module(**{key: value for key, value in batch.items() if key != LABELS})
     finally:
         handle.remove()
@@ -255,13 +255,13 @@ def _collect(
         plain.add(rows, current)
         for name, collector in weighted.items():
             collector.add(rows, current, token_weights[name][current])
-        raise _Stopped
+        raise Stopped
 
     handle = first.register_forward_pre_hook(hook)
     try:
         for number, call in enumerate(calls):
             current = number
-            with suppress(_Stopped):
+            with suppress(Stopped):
                 call.run(block)
     finally:
         handle.remove()

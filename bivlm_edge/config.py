@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant import methods
 
+Importance = Literal["none", "vlmq", "loss"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
 
 METHODS = (*methods.names(), "none")
+IMPORTANCES: tuple[str, ...] = get_args(Importance)
+STAGES = methods.declaration("bivlm-edge").stages
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -57,6 +61,10 @@ class QuantConfig:
         seed: Seed of the Hadamard signs and of everything else that is drawn.
         calibration_samples: Image and prompt pairs that calibrate the Hessians.
         n_uns: `bivlm-paper`: number of unsalient groups.
+        importance: How much each token counts in the Hessians: `none`, all alike; `vlmq`, by the
+            gradient of each attention block's error; `loss`, by that of the answer. None: the
+            method's own, `loss` for `bivlm-edge`, `none` for all others.
+        without: Names of STAGES that are switched off; kept sorted.
     """
 
     method: str = "bivlm-edge"
@@ -64,17 +72,57 @@ class QuantConfig:
     seed: int = 0
     calibration_samples: int = 512
     n_uns: int = 5
+    importance: str | None = None
+    without: Collection[str] = ()
 
     def __post_init__(self) -> None:
         _require_choice("--method", self.method, METHODS)
+        object.__setattr__(self, "without", tuple(sorted(set(self.without))))
         if self.method != "none":
             _check_bits(self.bits, self.method)
+        self._check_importance()
+        self._check_without()
         if self.calibration_samples < 1:
             raise RequestError(
                 f"calibration needs at least one sample, got {self.calibration_samples}."
             )
         if not 1 <= self.n_uns <= 6:
             raise RequestError(f"n_uns {self.n_uns} is outside 1 to 6.")
+
+    @property
+    def token_weights(self) -> str:
+        """The kind of importance that is used, one of IMPORTANCES."""
+        if self.importance is not None:
+            return self.importance
+        needs = frozenset() if self.method == "none" else methods.declaration(self.method).needs
+        return "loss" if "importance" in needs and "importance" not in self.without else "none"
+
+    def _check_importance(self) -> None:
+        if self.importance in (None, "none"):
+            return
+        _require_choice("--importance", self.importance, IMPORTANCES)
+        weighable = [
+            name for name in methods.names() if "hessian" in methods.declaration(name).needs
+        ]
+        if self.method not in weighable:
+            raise RequestError(
+                f"--importance {self.importance} weighs tokens in Hessians, which --method "
+                f"{self.method} does not use. Leave it out, or choose {', '.join(weighable)}."
+            )
+        if "importance" in self.without:
+            raise RequestError(
+                f"--importance {self.importance} and --without importance exclude each other. "
+                "Give one of them."
+            )
+
+    def _check_without(self) -> None:
+        stages = () if self.method == "none" else methods.declaration(self.method).stages
+        for name in self.without:
+            if name not in stages:
+                accepted = f"Stages: {', '.join(stages)}." if stages else "It has none."
+                raise RequestError(
+                    f"--without {name} names no stage of --method {self.method}. {accepted}"
+                )
 
 
 @dataclass(frozen=True, slots=True)

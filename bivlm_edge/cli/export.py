@@ -17,12 +17,14 @@ from bivlm_edge.cli.common import (
     progress_by_name,
     show,
     show_json,
+    split_names,
 )
 from bivlm_edge.config import (
     DTYPES,
     FALLBACKS,
     METHODS,
     PRUNE_MODES,
+    STAGES,
     ExportConfig,
     PruneConfig,
     QuantConfig,
@@ -56,6 +58,24 @@ def export(
         float,
         typer.Option("--bits", help="True bits per weight, all scales and padding counted."),
     ] = 2.0,
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            "--importance",
+            help="How much each token counts in calibration: none (all alike), vlmq (error of each "
+            "attention block), loss (the answer).",
+            show_default="loss with bivlm-edge, else none",
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            help=f"Stages of bivlm-edge to switch off, with commas or repeated: {_choices(STAGES)}",
+            show_default="none",
+            metavar="STAGE",
+        ),
+    ] = None,
     keep_tokens: Annotated[
         float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
     ] = 1.0,
@@ -123,6 +143,8 @@ def export(
             bits=bits,
             seed=seed,
             calibration_samples=calibration_samples,
+            importance=importance,
+            without=split_names(without or ()),
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]

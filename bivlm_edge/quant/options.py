@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -16,6 +17,7 @@ class LayerOptions:
         n_uns: `bivlm-paper`: number of unsalient groups.
         byte_budget: `bivlm-edge`: most bytes of all these layers together.
         seed: Seed of everything that is drawn.
+        without: `bivlm-edge`: its stages that are switched off.
     """
 
     part: str = "decoder"
@@ -24,3 +26,4 @@ class LayerOptions:
     n_uns: int = 5
     byte_budget: int = 0
     seed: int = 0
+    without: Collection[str] = ()

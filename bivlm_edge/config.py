@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -9,12 +10,15 @@ from bivlm_edge.errors import RequestError
 from bivlm_edge.quant import methods
 
 Grid = Literal["minmax", "lloyd"]
+Importance = Literal["none", "vlmq", "loss"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
 
 METHODS = (*methods.names(), "none")
 GRIDS: tuple[str, ...] = get_args(Grid)
+IMPORTANCES: tuple[str, ...] = get_args(Importance)
+STAGES = methods.declaration("bivlm-edge").stages
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -74,6 +78,10 @@ class QuantConfig:
             not deployed).
         n_uns: `bivlm-paper`: number of unsalient groups, 1 to 6.
         paper_exact: `bivlm-paper`: salient codes by equation 14 as printed.
+        importance: How much each token counts in the Hessians: `none`, all alike; `vlmq`, by the
+            gradient of each attention block's error; `loss`, by that of the answer. None: the
+            method's own, `loss` for `bivlm-edge`, `none` for all others.
+        without: Names of STAGES that are switched off; kept sorted.
     """
 
     method: str = "bivlm-edge"
@@ -83,11 +91,16 @@ class QuantConfig:
     grid: Grid = "minmax"
     n_uns: int = 5
     paper_exact: bool = False
+    importance: str | None = None
+    without: Collection[str] = ()
 
     def __post_init__(self) -> None:
         _require_choice("--method", self.method, METHODS)
+        object.__setattr__(self, "without", tuple(sorted(set(self.without))))
         if self.method != "none":
             _check_bits(self.bits, self.method)
+        self._check_importance()
+        self._check_without()
         if self.calibration_samples < 1:
             raise RequestError(
                 f"calibration needs at least one sample, got {self.calibration_samples}."
@@ -110,6 +123,41 @@ class QuantConfig:
                 f"--{option.replace('_', '-')} does not go with --method {self.method}, which does "
                 f"not read it. Leave it out, or choose --method {' or '.join(owners)}."
             )
+
+    @property
+    def token_weights(self) -> str:
+        """The kind of importance that is used, one of IMPORTANCES."""
+        if self.importance is not None:
+            return self.importance
+        needs = frozenset() if self.method == "none" else methods.declaration(self.method).needs
+        return "loss" if "importance" in needs and "importance" not in self.without else "none"
+
+    def _check_importance(self) -> None:
+        if self.importance in (None, "none"):
+            return
+        _require_choice("--importance", self.importance, IMPORTANCES)
+        weighable = [
+            name for name in methods.names() if "hessian" in methods.declaration(name).needs
+        ]
+        if self.method not in weighable:
+            raise RequestError(
+                f"--importance {self.importance} weighs tokens in Hessians, which --method "
+                f"{self.method} does not use. Leave it out, or choose {', '.join(weighable)}."
+            )
+        if "importance" in self.without:
+            raise RequestError(
+                f"--importance {self.importance} and --without importance exclude each other. "
+                "Give one of them."
+            )
+
+    def _check_without(self) -> None:
+        stages = () if self.method == "none" else methods.declaration(self.method).stages
+        for name in self.without:
+            if name not in stages:
+                accepted = f"Stages: {', '.join(stages)}." if stages else "It has none."
+                raise RequestError(
+                    f"--without {name} names no stage of --method {self.method}. {accepted}"
+                )
 
 
 @dataclass(frozen=True, slots=True)

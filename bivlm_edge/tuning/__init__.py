@@ -1,0 +1,1 @@
+"""Fine-tune a quantized model on calibration data: what its packed format leaves open."""

@@ -6,25 +6,43 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from bivlm_edge.errors import RequestError
+from bivlm_edge.quant import methods
 
-Method = Literal["bivlm-edge", "bivlm-paper", "gptq", "rtn", "nbits4", "none"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
 
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS = (*methods.names(), "none")
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 OPSETS = (21, 22, 23)
-MIN_BITS, MAX_BITS = 1.0, 4.0
-AFFINE_BITS = (2.0, 4.0, 8.0)
 
 
 def _require_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         accepted = ", ".join(str(choice) for choice in choices)
         raise RequestError(f"{option} {value!r} is not known. Accepted: {accepted}.")
+
+
+def _check_bits(bits: float, method: str) -> None:
+    declared = methods.declaration(method)
+    if declared.bit_range and not declared.bit_range[0] <= bits <= declared.bit_range[1]:
+        least, most = declared.bit_range
+        raise RequestError(
+            f"--bits {bits:g} is outside {least:g} to {most:g}: every weight has at least one sign "
+            "bit plus its share of the scales. Choose a value in that range."
+        )
+    if declared.bits and bits not in declared.bits:
+        raise RequestError(
+            f"--bits {bits:g} does not go with --method {method}, which stores whole codes of "
+            f"{_listed(declared.bits)} bits. Choose one of these, or --method bivlm-edge."
+        )
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    *first, last = (f"{value:g}" for value in values)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +53,13 @@ class QuantConfig:
         method: One of METHODS. `none` keeps float weights.
         bits: True bits per weight over all quantized layers for `bivlm-edge` (1.0 to 4.0), code
             bits for `gptq` and `rtn` (2, 4 or 8); the other methods have their own and ignore it.
+            What a method accepts is declared in its file (`quant/methods`).
         seed: Seed of the Hadamard signs and of everything else that is drawn.
         calibration_samples: Image and prompt pairs that calibrate the Hessians.
         n_uns: `bivlm-paper`: number of unsalient groups.
     """
 
-    method: Method = "bivlm-edge"
+    method: str = "bivlm-edge"
     bits: float = 2.0
     seed: int = 0
     calibration_samples: int = 512
@@ -48,16 +67,8 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         _require_choice("--method", self.method, METHODS)
-        if self.method == "bivlm-edge" and not MIN_BITS <= self.bits <= MAX_BITS:
-            raise RequestError(
-                f"--bits {self.bits:g} is outside {MIN_BITS:g} to {MAX_BITS:g}: every weight has "
-                "at least one sign bit plus its share of the scales. Choose a value in that range."
-            )
-        if self.method in ("gptq", "rtn") and self.bits not in AFFINE_BITS:
-            raise RequestError(
-                f"--bits {self.bits:g} does not go with --method {self.method}, which stores whole "
-                "codes of 2, 4 or 8 bits. Choose one of these, or --method bivlm-edge."
-            )
+        if self.method != "none":
+            _check_bits(self.bits, self.method)
         if self.calibration_samples < 1:
             raise RequestError(
                 f"calibration needs at least one sample, got {self.calibration_samples}."

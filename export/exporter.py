@@ -31,7 +31,7 @@ from bivlm_edge.export.graph import GraphOptions, join_parts
 from bivlm_edge.export.validate import Sample, validate, ways_to_run
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
-from bivlm_edge.quant.vocabulary import quantize_table
+from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.quant.weights import GroupWeight
 
 logger = logging.getLogger(__name__)
@@ -212,16 +212,12 @@ def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) ->
     name = next(name for name, module in vlm.module.named_modules() if module is head)
     if not quantized.weights:
         return Vocabulary(table.weight.numpy(), {})
-    is_tied = head.weight is table.weight
-    table_weight = quantize_table(table.weight.numpy())
-    head_weight = table_weight if is_tied else quantize_table(head.weight.numpy())
-    if table_weight is None or head_weight is None:
+    rounded = round_vocabulary(vlm.module)
+    if rounded is None:
         quantized.skipped[name] = "vocabulary: its width is not a multiple of 16; kept in float"
         return Vocabulary(table.weight.numpy(), {})
     quantized.skipped[name] = VOCABULARY_NOTE
-    with torch.no_grad():
-        table.weight.copy_(torch.from_numpy(table_weight.dequantize()))
-        head.weight.copy_(torch.from_numpy(head_weight.dequantize()))
+    table_weight, head_weight = rounded
     return Vocabulary(table_weight, {name: head_weight})
 
 

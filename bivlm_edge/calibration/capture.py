@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bivlm_edge.calibration.moments import InputStatistics, StatisticsCollector
-from bivlm_edge.errors import UnsupportedModelError
+from bivlm_edge.errors import DataError, UnsupportedModelError
 
 Batch = Mapping[str, Tensor]
 TokenWeights = Mapping[str, Sequence[Tensor]]
@@ -133,6 +133,7 @@ def walk(
     sequences: Sequence[Blocks],
     batches: Sequence[Batch],
     weighting: Weighting | None = None,
+    restore: Callable[[Mapping[str, nn.Linear]], bool] | None = None,
 ) -> Iterator[LayerGroup]:
     """Yield the groups of linear layers in order of execution, each with fresh statistics.
 
@@ -147,6 +148,11 @@ def walk(
         batches: Arguments of the model; "labels" is left out.
         weighting: Gives the weight of every input row of a layer in its statistics; None weighs
             all rows alike.
+        restore: Called with the layers of every group before anything is measured; true if their
+            final weights were known and are in place now, so that the group is not yielded.
+
+    Raises:
+        DataError: The input of a layer is not finite; the message names layer and batch.
     """
     for sequence in sequences:
         if not sequence.blocks:
@@ -157,6 +163,8 @@ def walk(
             weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
             for layers in _shared_inputs(block, calls[0]):
                 named = {prefix + local: layer for local, layer in layers.items()}
+                if restore is not None and restore(named):
+                    continue
                 inputs, weighted = _collect(block, calls, named, weights)
                 yield LayerGroup(sequence.name, named, inputs, weighted)
             if number + 1 < len(sequence.blocks):
@@ -243,6 +251,7 @@ def _collect(
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].reshape(-1, first.in_features)
+        _check_finite(rows, next(iter(layers)), current)
         plain.add(rows, current)
         for name, collector in weighted.items():
             collector.add(rows, current, token_weights[name][current])
@@ -256,7 +265,23 @@ def _collect(
                 call.run(block)
     finally:
         handle.remove()
-    return plain.finish(), {name: collector.finish() for name, collector in weighted.items()}
+    statistics = plain.finish()
+    if not bool(torch.isfinite(statistics.fit.hessian).all()):
+        raise DataError(
+            f"the squares of the inputs of '{next(iter(layers))}' exceed what float32 holds. "
+            "Check the checkpoint: activations above 1e19 come from broken weights."
+        )
+    return statistics, {name: collector.finish() for name, collector in weighted.items()}
+
+
+def _check_finite(rows: Tensor, name: str, batch: int) -> None:
+    bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+    if bad:
+        raise DataError(
+            f"calibration batch {batch} makes NaN or infinity in the input of '{name}' "
+            f"({bad} of {len(rows)} tokens). Check the samples of this batch, and that the "
+            "checkpoint's layers before this one are sound."
+        )
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from bivlm_edge.config import (
     PruneConfig,
     QuantConfig,
 )
+from bivlm_edge.quant import methods
 from bivlm_edge.report import export_tables
 
 EXIT_TERMINATED = 143
@@ -102,7 +103,7 @@ def export(
     # Options are checked before torch loads: a wrong one answers at once.
     config = ExportConfig(
         quant=QuantConfig(
-            method=method,  # type: ignore[arg-type]  # checked by QuantConfig
+            method=method,
             bits=bits,
             seed=seed,
             calibration_samples=calibration_samples,
@@ -123,7 +124,7 @@ def export(
     check_target(target, overwrite=overwrite)
     # SIGTERM unwinds like an interrupt, so that no half-written folder stays behind
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
-    if model is not None and calibration is None and method not in ("none", "rtn", "nbits4"):
+    if model is not None and calibration is None and _calibrates(method):
         typer.echo(
             "bivlm-export: calibrating on the bundled easy-VQA pictures (64x64 shapes). Pictures "
             "like those the model will see serve it better: --calibration FOLDER.",
@@ -138,6 +139,10 @@ def export(
         show_json(_summary(target, result.report))
         return
     show(*export_tables(target.name, result.report))
+
+
+def _calibrates(method: str) -> bool:
+    return method != "none" and "hessian" in methods.declaration(method).needs
 
 
 def _summary(target: Path, report: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a baseline method may know about the layer besides its weight and Hessian."""
+"""What a method may know about layers besides their weights and Hessians."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LayerOptions:
-    """Options of one layer for every baseline; each method reads the fields it needs.
+    """Options of layers with the same input; each method reads the fields it needs.
 
     Attributes:
         part: "vision", "projector" or "decoder".
         bits: Code bits of `rtn` and `gptq`.
         group: Columns per scale; None: the method's rule.
         n_uns: `bivlm-paper`: number of unsalient groups.
+        byte_budget: `bivlm-edge`: most bytes of all these layers together.
+        seed: Seed of everything that is drawn.
     """
 
     part: str = "decoder"
     bits: float = 2.0
     group: int | None = None
     n_uns: int = 5
+    byte_budget: int = 0
+    seed: int = 0

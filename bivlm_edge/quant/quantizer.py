@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,26 +16,17 @@ from bivlm_edge.calibration.capture import Batch, Blocks, FixedWeights, LayerGro
 from bivlm_edge.calibration.importance import token_importance
 from bivlm_edge.calibration.moments import Moments
 from bivlm_edge.config import QuantConfig
-from bivlm_edge.errors import RequestError
-from bivlm_edge.quant import bivlm_edge, bivlm_paper, gptq, rtn
+from bivlm_edge.errors import CheckpointError, RequestError
+from bivlm_edge.quant import methods
 from bivlm_edge.quant.allocation import Plan, allocate, group_plans
 from bivlm_edge.quant.linalg import output_energy
 from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight, can_stack
 from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import QuantizedWeight
+from bivlm_edge.quant.work_folder import WorkFolder, describe_run, pack_weight, unpack_weight
 
-NBITS4_GROUP = 32
-
-LayerMethod = Callable[[Tensor, Tensor, LayerOptions], QuantizedWeight]
 Progress = Callable[[str, int, int], None]
-
-BASELINES: dict[str, LayerMethod] = {
-    "bivlm-paper": bivlm_paper.quantize,
-    "gptq": gptq.quantize,
-    "rtn": rtn.quantize,
-    "nbits4": rtn.quantize,
-}
 
 
 class QuantizableModel(Protocol):
@@ -115,6 +107,7 @@ def quantize_model(
     batches: Sequence[Batch],
     config: QuantConfig,
     progress: Progress | None = None,
+    work_folder: Path | None = None,
 ) -> QuantizedModel:
     """Quantize the linear layers of all blocks, each on the inputs that quantized ones produce.
 
@@ -126,27 +119,42 @@ def quantize_model(
         batches: Calibration inputs, at least one.
         config: Method, bits and seed.
         progress: Called with a layer's name, the layers done and the layers in all.
+        work_folder: Where to keep what is finished. Called again with the same model, batches and
+            config, everything found there is taken over, and the result is the same bit by bit.
 
     Raises:
-        RequestError: no batches, or the budget is below one plane per layer.
+        RequestError: no batches, the budget is below one plane per layer, or the work folder
+            belongs to another run.
+        CheckpointError: a weight holds NaN or infinity.
+        DataError: the calibration data make NaN or infinity in a layer's input.
+        OutputError: the work folder cannot be written.
     """
     result = QuantizedModel(skipped=skipped_layers(vlm, config.method))
     if config.method == "none":
         return result
     if not batches:
         raise RequestError("there are no calibration batches. Give at least one.")
+    work = _open_work_folder(work_folder, vlm.module, batches, config)
+    _check_weights(vlm.module, result.skipped)
     sequences = vlm.block_sequences()
     total = len(linear_layers(vlm.module)) - len(result.skipped)
     weighting: Weighting | None = None
     plans: Mapping[str, Plan] = {}
-    if config.method == "bivlm-edge":
-        weighting = FixedWeights(token_importance(vlm.module, sequences, batches, config.seed))
-        groups = walk(vlm.module, sequences, batches, weighting)
-        plans = _divide_budget(groups, result.skipped, config)
-    for group in walk(vlm.module, sequences, batches, weighting):
+    needs = methods.declaration(config.method).needs
+    if "importance" in needs:
+        weighting = _fixed_weights(vlm, sequences, batches, config, work)
+    if "budget" in needs:
+        plans = _plan(vlm.module, sequences, batches, weighting, result.skipped, config, work)
+
+    def restore(layers: Mapping[str, nn.Linear]) -> bool:
+        names = [name for name in layers if name not in result.skipped]
+        if names and not _restore_group(names, layers, result, work):
+            return False
+        _note_stacked(names, result)
+        return True
+
+    for group in walk(vlm.module, sequences, batches, weighting, restore):
         names = [name for name in group.layers if name not in result.skipped]
-        if not names:
-            continue
         if progress is not None:
             for done, name in enumerate(names, start=len(result.weights)):
                 progress(name, done, total)
@@ -154,9 +162,8 @@ def quantize_model(
         for name, weight in zip(names, weights, strict=True):
             result.reports.append(_install(name, weight, group, config.method))
             result.weights[name] = weight
-        is_shared = config.method == "bivlm-edge" and len(names) > 1
-        if is_shared and can_stack([weight.n for weight in weights]):
-            result.stacked.append(tuple(names))
+        _note_stacked(names, result)
+        _save_group(names, group.layers, result, work)
     for name in linear_layers(vlm.module):
         if name not in result.weights:
             result.skipped.setdefault(name, "not reached by the calibration inputs")
@@ -193,9 +200,112 @@ def skipped_layers(vlm: QuantizableModel, method: str) -> dict[str, str]:
     return skipped
 
 
+def _note_stacked(names: Sequence[str], result: QuantizedModel) -> None:
+    """Note whether layers with the same input become one weight in the graph."""
+    weights = [result.weights[name] for name in names]
+    is_shared = len(names) > 1 and all(isinstance(weight, BinaryWeight) for weight in weights)
+    if is_shared and can_stack([weight.n for weight in weights]):
+        result.stacked.append(tuple(names))
+
+
+def _open_work_folder(
+    path: Path | None, module: nn.Module, batches: Sequence[Batch], config: QuantConfig
+) -> WorkFolder:
+    if path is None:
+        return WorkFolder(None)
+    return WorkFolder(path, describe_run(module.state_dict().items(), batches, config))
+
+
+def _check_weights(module: nn.Module, skipped: Mapping[str, str]) -> None:
+    """Refuse weights that no method can quantize.
+
+    Raises:
+        CheckpointError: a weight or bias of a layer to be quantized is not finite.
+    """
+    for name, layer in linear_layers(module).items():
+        for kind, values in layer.named_parameters(recurse=False):
+            bad = 0 if name in skipped else int((~torch.isfinite(values)).sum())
+            if bad:
+                raise CheckpointError(
+                    f"the {kind} of '{name}' holds {bad} NaN or infinite values of "
+                    f"{values.numel()}. Give a sound checkpoint."
+                )
+
+
+def _fixed_weights(
+    vlm: QuantizableModel,
+    sequences: Sequence[Blocks],
+    batches: Sequence[Batch],
+    config: QuantConfig,
+    work: WorkFolder,
+) -> FixedWeights:
+    """Token weights of all layers, from the work folder if they are there."""
+    found = work.load("importance")
+    if found is not None:
+        split: dict[str, list[Tensor]] = {
+            name: list(torch.split(torch.from_numpy(found.arrays[name]), lengths))
+            for name, lengths in found.values.items()
+        }
+        return FixedWeights(split)
+    weights = token_importance(vlm.module, sequences, batches, config.seed)
+    work.save(
+        "importance",
+        {name: [len(row) for row in rows] for name, rows in weights.items()},
+        {name: torch.cat(rows).numpy() for name, rows in weights.items()},
+    )
+    return FixedWeights(weights)
+
+
+def _save_group(
+    names: Sequence[str],
+    layers: Mapping[str, nn.Linear],
+    result: QuantizedModel,
+    work: WorkFolder,
+) -> None:
+    """Keep quantized layers with the same input: weights, biases and reports."""
+    values, arrays = {}, {}
+    for name, report in zip(names, result.reports[-len(names) :], strict=True):
+        weight, tensors = pack_weight(name, result.weights[name])
+        values[name] = {"weight": weight, "report": asdict(report)}
+        arrays.update(tensors)
+        if _has_bias(layers[name]):
+            arrays[f"{name}.bias"] = layers[name].bias.detach().numpy()
+    work.save(f"layers.{names[0]}", values, arrays)
+
+
 @torch.no_grad()
-def _divide_budget(
-    groups: Iterable[LayerGroup], skipped: Mapping[str, str], config: QuantConfig
+def _restore_group(
+    names: Sequence[str],
+    layers: Mapping[str, nn.Linear],
+    result: QuantizedModel,
+    work: WorkFolder,
+) -> bool:
+    """Put layers that an earlier run has finished in place; False if it has not."""
+    step = work.load(f"layers.{names[0]}")
+    if step is None:
+        return False
+    for name in names:
+        stored = step.values[name]
+        weight = unpack_weight(name, stored["weight"], step.arrays)
+        layers[name].weight.copy_(torch.from_numpy(weight.dequantize()))
+        if _has_bias(layers[name]):
+            layers[name].bias.copy_(torch.from_numpy(step.arrays[f"{name}.bias"]))
+        report = stored["report"]
+        planes = report["planes"] and tuple(report["planes"])
+        result.reports.append(LayerReport(**{**report, "planes": planes}))
+        result.weights[name] = weight
+    return True
+
+
+@torch.no_grad()
+def _plan(
+    module: nn.Module,
+    sequences: Sequence[Blocks],
+    batches: Sequence[Batch],
+    weighting: Weighting | None,
+    skipped: Mapping[str, str],
+    config: QuantConfig,
+    work: WorkFolder,
 ) -> dict[str, Plan]:
     """Planes of every group of layers, from the float model: one budget for all of them together.
 
@@ -205,15 +315,30 @@ def _divide_budget(
     Raises:
         RequestError: even one plane per layer exceeds the budget.
     """
+    chosen = work.load("plans")
+    if chosen is not None:
+        return {name: _read_plan(values) for name, values in chosen.values.items()}
     candidates: dict[str, list[Plan]] = {}
     weights = 0
-    for group in groups:
+
+    def restore(layers: Mapping[str, nn.Linear]) -> bool:
+        nonlocal weights
+        names = [name for name in layers if name not in skipped]
+        if names:
+            step = work.load(f"plans.{names[0]}")
+            if step is None:
+                return False
+            candidates[names[0]] = [_read_plan(values) for values in step.values]
+            weights += sum(layers[name].weight.numel() for name in names)
+        return True
+
+    for group in walk(module, sequences, batches, weighting, restore):
         names = [name for name in group.layers if name not in skipped]
-        if not names:
-            continue
         layers = [_calibrated(name, group) for name in names]
         weights += sum(layer.weight.numel() for layer in layers)
-        candidates[names[0]] = group_plans(layers, _seed(config, group))
+        found = group_plans(layers, _seed(config, group))
+        candidates[names[0]] = found
+        work.save(f"plans.{names[0]}", [astuple(plan) for plan in found], {})
     budget = int(config.bits * weights / 8)
     plans = allocate(candidates, budget)
     if plans is None:
@@ -222,7 +347,13 @@ def _divide_budget(
             f"--bits {config.bits:g} is below what one plane per layer takes in this model. "
             f"Choose at least {math.ceil(100 * least / weights) / 100:g}."
         )
+    work.save("plans", {name: astuple(plan) for name, plan in plans.items()}, {})
     return plans
+
+
+def _read_plan(values: Sequence[Any]) -> Plan:
+    planes, nbytes, error = values
+    return Plan(tuple(planes), nbytes, error)
 
 
 def _calibrated(name: str, group: LayerGroup) -> CalibratedLayer:
@@ -262,22 +393,28 @@ def _seed(config: QuantConfig, group: LayerGroup) -> int:
 def _quantize_group(
     names: Sequence[str], group: LayerGroup, config: QuantConfig, plan: Plan | None
 ) -> Sequence[QuantizedWeight]:
-    """Quantize layers with the same input; `plan` is theirs with bivlm-edge."""
-    if plan is not None:
-        layers = [_calibrated(name, group) for name in names]
-        return bivlm_edge.quantize(layers, plan.nbytes, _seed(config, group))
+    """Quantize layers with the same input; `plan` is their share of the budget, if there is one."""
     options = LayerOptions(
         part=group.part,
-        bits=4 if config.method == "nbits4" else config.bits,
-        group=NBITS4_GROUP if config.method == "nbits4" else None,
+        bits=config.bits,
         n_uns=config.n_uns,
+        byte_budget=plan.nbytes if plan else 0,
+        seed=_seed(config, group),
     )
-    return [
-        BASELINES[config.method](
-            group.layers[name].weight.detach().float().clone(), group.inputs.fit.hessian, options
-        )
-        for name in names
-    ]
+    describe = _calibrated if "bias" in methods.declaration(config.method).needs else _uncentred
+    layers = [describe(name, group) for name in names]
+    return methods.load(config.method).quantize(layers, options)
+
+
+def _uncentred(name: str, group: LayerGroup) -> CalibratedLayer:
+    """A layer with E[x x^T] as it is, for methods that leave the bias alone."""
+    statistics = group.weighted.get(name, group.inputs)
+    return CalibratedLayer(
+        name=name,
+        weight=group.layers[name].weight.detach().float().clone(),
+        hessian=statistics.fit.hessian,
+        held_out=None if statistics.held_out is None else statistics.held_out.hessian,
+    )
 
 
 @torch.no_grad()
@@ -289,7 +426,7 @@ def _install(name: str, quantized: QuantizedWeight, group: LayerGroup, method: s
     layer.weight.copy_(rounded)
     judged = group.inputs.held_out or group.inputs.fit
     moments = judged.hessian
-    if method == "bivlm-edge" and _has_bias(layer):
+    if "bias" in methods.declaration(method).needs and _has_bias(layer):
         mean = group.weighted.get(name, group.inputs).fit.mean
         layer.bias.add_((weight - rounded).double() @ mean)
         moments = judged.around(mean)

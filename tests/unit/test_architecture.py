@@ -52,7 +52,7 @@ def parts_of(names: set[str]) -> set[str]:
 def test_a_part_imports_only_from_its_left(part: str) -> None:
     # quant uses calibration's walk and calibration nothing of quant: one way
     allowed = {*ORDER[: ORDER.index(part) + 1], *SHARED, "custom_ops_library"}
-    for path in FOLDERS[part].glob("*.py"):
+    for path in FOLDERS[part].rglob("*.py"):
         assert parts_of(imported(path)) <= allowed, path
 
 
@@ -65,7 +65,7 @@ def test_runtime_needs_only_what_a_device_has() -> None:
 
 
 def test_quant_knows_neither_onnx_nor_transformers() -> None:
-    for path in FOLDERS["quant"].glob("*.py"):
+    for path in FOLDERS["quant"].rglob("*.py"):
         roots = {name.split(".")[0] for name in imported(path)}
         assert not roots & {"onnx", "onnx_ir", "onnxruntime", "transformers"}, path
 

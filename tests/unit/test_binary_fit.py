@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.allocation import VARIANTS, best_plan
-from bivlm_edge.quant.bivlm_edge import quantize, quantize_planes
 from bivlm_edge.quant.levels import (
     GAUSSIAN_COEFFICIENTS,
     GAUSSIAN_DISTORTION,
@@ -19,6 +18,8 @@ from bivlm_edge.quant.levels import (
     make_levels,
 )
 from bivlm_edge.quant.linalg import output_energy
+from bivlm_edge.quant.methods.bivlm_edge import quantize, quantize_planes
+from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import BinaryWeight, PlaneClass
 from bivlm_edge.quant.refine import Assignment, descend, loss, refit
 from bivlm_edge.quant.transform import (
@@ -45,7 +46,9 @@ def hessian(k: int, seed: int = 0) -> Tensor:
 
 def quantize_one(weight: Tensor, metric: Tensor, bits: float, seed: int = 0) -> BinaryWeight:
     layer = CalibratedLayer("layer", weight, metric)
-    [packed] = quantize([layer], int(bits * weight.numel() / 8), seed)
+    [packed] = quantize(
+        [layer], LayerOptions(byte_budget=int(bits * weight.numel() / 8), seed=seed)
+    )
     return packed
 
 
@@ -215,7 +218,7 @@ def test_layers_of_one_input_share_all_but_rows_and_keep_one_budget(
     rows: tuple[int, ...], shares_bytes: bool, bits: float
 ) -> None:
     budget = int(bits * sum(rows) * 256 / 8)
-    packed = quantize(siblings(rows), budget, seed=4)
+    packed = quantize(siblings(rows), LayerOptions(byte_budget=budget, seed=4))
     first = packed[0]
     assert [weight.n for weight in packed] == list(rows)
     for weight in packed:
@@ -232,7 +235,8 @@ def test_layers_of_one_input_share_all_but_rows_and_keep_one_budget(
 
 def test_a_shared_plan_costs_little_where_inputs_weigh_alike() -> None:
     layers = siblings((64, 32, 32))
-    together = quantize(layers, int(2.0 * 128 * 256 / 8), seed=4)
+    options = LayerOptions(byte_budget=int(2.0 * 128 * 256 / 8), seed=4)
+    together = quantize(layers, options)
     for layer, weight in zip(layers, together, strict=True):
         alone = quantize_one(layer.weight, layer.hessian, bits=2.0, seed=4)
         shared = relative_error(layer.weight, weight, layer.hessian)
@@ -259,10 +263,10 @@ def test_the_variant_of_least_error_on_held_out_inputs_wins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Judged by the negative of what it was fitted to, the worst of the variants wins."""
-    monkeypatch.setattr("bivlm_edge.quant.bivlm_edge._WORTH_TRYING", float("inf"))
+    monkeypatch.setattr("bivlm_edge.quant.methods.bivlm_edge._WORTH_TRYING", float("inf"))
     layers = [replace(layer, held_out=-layer.hessian) for layer in siblings((64, 48), k=128)]
     budget = int(2.2 * 112 * 128 / 8)
-    chosen = quantize(layers, budget, seed=0)
+    chosen = quantize(layers, LayerOptions(byte_budget=budget))
 
     def error(weights: list[BinaryWeight]) -> float:
         return sum(

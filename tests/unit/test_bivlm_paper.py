@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from torch import Tensor
 
-from bivlm_edge.quant import bivlm_paper
+from bivlm_edge.quant.methods import bivlm_paper
 from bivlm_edge.quant.options import LayerOptions
+from bivlm_edge.quant.transform import CalibratedLayer
+from bivlm_edge.quant.weights import DenseWeight
+
+
+def quantize(weight: Tensor, options: LayerOptions) -> DenseWeight:
+    layer = CalibratedLayer("layer", weight, torch.eye(weight.shape[1]))
+    [packed] = bivlm_paper.quantize([layer], options)
+    return packed
 
 
 def test_thresholds_cut_a_gaussian_into_equal_groups() -> None:
@@ -34,7 +43,7 @@ def test_true_bits_count_the_class_of_each_weight(n_uns: int, expected: float) -
 
 def test_unsalient_weights_take_the_mean_magnitude_of_their_group() -> None:
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    packed = bivlm_paper.quantize(weight, torch.eye(128), LayerOptions(part="decoder", n_uns=2))
+    packed = quantize(weight, LayerOptions(part="decoder", n_uns=2))
     values = torch.from_numpy(packed.dequantize())
     magnitudes = np.unique(values.abs().numpy())
     p_sal = packed.claimed_bits - 1 - 16 * (2 + 64) / (64 * 128)
@@ -51,7 +60,7 @@ def test_unsalient_weights_take_the_mean_magnitude_of_their_group() -> None:
 @pytest.mark.parametrize(("part", "limit"), [("vision", 0.05), ("projector", 0.01)])
 def test_salient_share_stays_below_the_limit_of_its_part(part: str, limit: float) -> None:
     weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(1)) ** 3
-    packed = bivlm_paper.quantize(weight, torch.eye(256), LayerOptions(part=part))
+    packed = quantize(weight, LayerOptions(part=part))
     p_sal = packed.claimed_bits - 1 - 16 * (5 + 32) / (32 * 256)
     assert 0 < p_sal <= limit
 
@@ -78,5 +87,5 @@ def test_salient_centers_follow_equation_14() -> None:
 
 
 def test_constant_matrix_is_survived() -> None:
-    packed = bivlm_paper.quantize(torch.zeros(16, 64), torch.eye(64), LayerOptions())
+    packed = quantize(torch.zeros(16, 64), LayerOptions())
     assert (packed.dequantize() == 0).all()

@@ -9,14 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from bivlm_edge.quant import gptq, rtn
+from bivlm_edge.quant import methods
 from bivlm_edge.quant.linalg import compensate, damped, inverse_factor, output_energy
+from bivlm_edge.quant.methods import gptq, rtn
 from bivlm_edge.quant.options import LayerOptions
+from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import DenseWeight, GroupWeight
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantize(
+    method: methods.Method, weight: Tensor, hessian: Tensor, options: LayerOptions
+) -> GroupWeight:
+    [packed] = method.quantize([CalibratedLayer("layer", weight, hessian)], options)
+    assert isinstance(packed, GroupWeight)
+    return packed
 
 
 def correlated(k: int, seed: int = 0) -> Tensor:
@@ -29,8 +39,8 @@ def correlated(k: int, seed: int = 0) -> Tensor:
 def test_gptq_with_identity_hessian_is_rounding_to_nearest(bits: int, k: int) -> None:
     weight = gaussian(9, k)
     options = LayerOptions(bits=bits)
-    plain = rtn.quantize(weight, torch.eye(k), options)
-    compensated = gptq.quantize(weight, torch.eye(k), options)
+    plain = quantize(rtn, weight, torch.eye(k), options)
+    compensated = quantize(gptq, weight, torch.eye(k), options)
     np.testing.assert_array_equal(plain.codes, compensated.codes)
     np.testing.assert_array_equal(plain.scale, compensated.scale)
     np.testing.assert_array_equal(plain.zero, compensated.zero)
@@ -42,7 +52,7 @@ def test_gptq_beats_rounding_on_correlated_inputs(bits: int) -> None:
     errors = [
         output_energy(torch.from_numpy(packed.dequantize()) - weight, hessian)
         for method in (rtn, gptq)
-        for packed in [method.quantize(weight, hessian, LayerOptions(bits=bits))]
+        for packed in [quantize(method, weight, hessian, LayerOptions(bits=bits))]
     ]
     assert errors[1] < 0.7 * errors[0]
 
@@ -64,13 +74,13 @@ def test_gptq_is_the_sequential_definition() -> None:
         error = rest[:, j] - scale[:, 0] * (code - zero[:, 0])
         rest[:, left] -= torch.outer(error, inverse[0] / inverse[0, 0])
         left = left[1:]
-    found = gptq.quantize(weight, hessian, options)
+    found = quantize(gptq, weight, hessian, options)
     np.testing.assert_array_equal(found.codes[:, :32], expected.numpy())
 
 
 def test_rtn_rounds_by_the_formula_and_keeps_zero_exact() -> None:
     weight = torch.tensor([[-1.0, 0.0, 0.4, 2.0] + [0.0] * 28])
-    packed = rtn.quantize(weight, torch.eye(32), LayerOptions(bits=2, group=32))
+    packed = quantize(rtn, weight, torch.eye(32), LayerOptions(bits=2, group=32))
     # span 3 over 3 steps: scale 1, zero round(1 / 1) = 1
     assert packed.scale.tolist() == [[1.0]]
     assert packed.zero.tolist() == [[1]]
@@ -79,7 +89,7 @@ def test_rtn_rounds_by_the_formula_and_keeps_zero_exact() -> None:
 
 
 def test_true_bits_count_scales_and_packed_zeros() -> None:
-    packed = rtn.quantize(gaussian(8, 256), torch.eye(256), LayerOptions(bits=2))
+    packed = quantize(rtn, gaussian(8, 256), torch.eye(256), LayerOptions(bits=2))
     assert packed.group == 128
     # 2 groups: two float16 scales, two 2-bit zeros in one byte
     assert packed.true_bits == 8 * (64 + 4 + 1) / 256
@@ -88,14 +98,14 @@ def test_true_bits_count_scales_and_packed_zeros() -> None:
 
 @pytest.mark.parametrize(("k", "group"), [(256, 128), (192, 64), (96, 32), (100, 32)])
 def test_group_is_the_largest_that_divides_the_width(k: int, group: int) -> None:
-    packed = rtn.quantize(gaussian(2, k), torch.eye(k), LayerOptions(bits=4))
+    packed = quantize(rtn, gaussian(2, k), torch.eye(k), LayerOptions(bits=4))
     assert packed.group == group
     assert packed.codes.shape == (2, -(-k // group) * group)
     assert packed.dequantize().shape == (2, k)
 
 
 def test_group_weight_refuses_parts_that_disagree() -> None:
-    good = rtn.quantize(gaussian(2, 64), torch.eye(64), LayerOptions(bits=2))
+    good = quantize(rtn, gaussian(2, 64), torch.eye(64), LayerOptions(bits=2))
     for changes, words in (
         ({"bits": 3}, "bits 3"),
         ({"group": 48}, "group 48"),
@@ -141,7 +151,7 @@ def test_hessian_that_is_not_finite_is_refused() -> None:
 def test_dead_inputs_round_to_zero() -> None:
     hessian = correlated(64)
     hessian[5] = hessian[:, 5] = 0
-    packed = gptq.quantize(gaussian(4, 64), hessian, LayerOptions(bits=2))
+    packed = quantize(gptq, gaussian(4, 64), hessian, LayerOptions(bits=2))
     assert (packed.dequantize()[:, 5] == 0).all()
 
 

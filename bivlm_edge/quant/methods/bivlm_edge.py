@@ -19,6 +19,7 @@ from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.allocation import VARIANTS, Plan, best_plan, plan_bytes
 from bivlm_edge.quant.levels import fit_coefficients, make_levels
 from bivlm_edge.quant.linalg import compensate, output_energy
+from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import (
     BinaryWeight,
     PlaneClass,
@@ -36,25 +37,29 @@ from bivlm_edge.quant.transform import (
     transform_problems,
 )
 
+BIT_RANGE = (1.0, 4.0)
+NEEDS = ("hessian", "importance", "budget", "bias")
+
 _ROUNDS = 3
 _SWEEPS = 4
 _WORTH_TRYING = 1.3  # estimates were within 20 % of the measured errors
 
 
-def quantize(layers: Sequence[CalibratedLayer], byte_budget: int, seed: int) -> list[BinaryWeight]:
+def quantize(layers: Sequence[CalibratedLayer], options: LayerOptions) -> list[BinaryWeight]:
     """Quantize layers with the same input by the best variant within the budget.
 
     The weights agree in all but rows: planes, transform, signs and order are the same.
 
     Args:
         layers: At least one.
-        byte_budget: Most bytes of all layers together, as `plan_bytes` counts them.
-        seed: Seed of the signs.
+        options: `byte_budget`, the most bytes of all layers together as `plan_bytes` counts them,
+            and `seed` of the signs.
 
     Raises:
         RequestError: not even one plane fits the budget.
     """
     k = layers[0].weight.shape[1]
+    byte_budget, seed = options.byte_budget, options.seed
     trials = [
         (plan, problems)
         for variant in VARIANTS

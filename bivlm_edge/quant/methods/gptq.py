@@ -6,17 +6,27 @@ Transformers", 2023. Groups are fixed before the loop, so the order changes no s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bivlm_edge.quant.linalg import compensate, inverse_factor
+from bivlm_edge.quant.methods.rtn import affine_grid, group_size, group_weight
 from bivlm_edge.quant.options import LayerOptions
-from bivlm_edge.quant.rtn import affine_grid, group_size, group_weight
+from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import GroupWeight
 
+BITS = (2.0, 4.0, 8.0)
+NEEDS = ("hessian",)
 
-def quantize(weight: Tensor, hessian: Tensor, options: LayerOptions) -> GroupWeight:
+
+def quantize(layers: Sequence[CalibratedLayer], options: LayerOptions) -> list[GroupWeight]:
     """Round columns by falling diag(H), each error compensated by the columns still to come."""
+    return [_quantize(layer.weight, layer.hessian, options) for layer in layers]
+
+
+def _quantize(weight: Tensor, hessian: Tensor, options: LayerOptions) -> GroupWeight:
     n, k = weight.shape
     bits = int(options.bits)
     group = options.group or group_size(k)

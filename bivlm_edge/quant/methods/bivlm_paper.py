@@ -8,6 +8,7 @@ the paper leaves open: 20 iterations of algorithm 1, p_max 1 % for the projector
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from bivlm_edge.quant.options import LayerOptions
+from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import DenseWeight
 
 MIN_SALIENT = 1e-4
@@ -43,9 +45,12 @@ def true_bits(n: int, k: int, p_sal: float, n_uns: int) -> float:
     return claimed_bits(n, k, p_sal, n_uns) + entropy
 
 
-def quantize(weight: Tensor, hessian: Tensor, options: LayerOptions) -> DenseWeight:
+def quantize(layers: Sequence[CalibratedLayer], options: LayerOptions) -> list[DenseWeight]:
     """Search the salient share by Brent's method (algorithm 3) and round; the Hessian is unused."""
-    del hessian
+    return [_quantize(layer.weight, options) for layer in layers]
+
+
+def _quantize(weight: Tensor, options: LayerOptions) -> DenseWeight:
     n, k = weight.shape
     energy = float((weight.double() ** 2).sum())
 

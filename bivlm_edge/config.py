@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant import methods
 
+Tuning = Literal["none", "blocks", "coefficients", "signs"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
 
 METHODS = (*methods.names(), "none")
+TUNINGS: tuple[str, ...] = get_args(Tuning)
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -57,6 +60,10 @@ class QuantConfig:
         seed: Seed of the Hadamard signs and of everything else that is drawn.
         calibration_samples: Image and prompt pairs that calibrate the Hessians.
         n_uns: `bivlm-paper`: number of unsalient groups.
+        tune: What is trained on the calibration samples after quantization, towards the float
+            model's answers; one of TUNINGS.
+        tune_steps: Steps of fine-tuning, of about 2,048 tokens each.
+        tune_rate: Factor on all learning rates of fine-tuning.
     """
 
     method: str = "bivlm-edge"
@@ -64,6 +71,9 @@ class QuantConfig:
     seed: int = 0
     calibration_samples: int = 512
     n_uns: int = 5
+    tune: Tuning = "none"
+    tune_steps: int = 200
+    tune_rate: float = 1.0
 
     def __post_init__(self) -> None:
         _require_choice("--method", self.method, METHODS)
@@ -75,6 +85,23 @@ class QuantConfig:
             )
         if not 1 <= self.n_uns <= 6:
             raise RequestError(f"n_uns {self.n_uns} is outside 1 to 6.")
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        _require_choice("--tune", self.tune, TUNINGS)
+        if self.tune != "none" and self.method != "bivlm-edge":
+            raise RequestError(
+                f"--tune {self.tune} trains the coefficients of bit planes, which --method "
+                f"{self.method} does not make. Use --method bivlm-edge, or --tune none."
+            )
+        if self.tune_steps < 1:
+            raise RequestError(
+                f"--tune-steps {self.tune_steps} is below 1. Use --tune none to train nothing."
+            )
+        if not 0.0 < self.tune_rate < math.inf:
+            raise RequestError(
+                f"--tune-rate {self.tune_rate:g} is not a positive factor; 1 is the usual rate."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ def walk(
     for sequence in sequences:
         if not sequence.blocks:
             continue
-        calls = [_capture(module, sequence.blocks[0][1], batch) for batch in batches]
+        calls = [capture_call(module, sequence.blocks[0][1], batch) for batch in batches]
         for number, (name, block) in enumerate(sequence.blocks):
             prefix = f"{name}." if name else ""
             weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
@@ -168,11 +168,11 @@ def walk(
                 inputs, weighted = _collect(block, calls, named, weights)
                 yield LayerGroup(sequence.name, named, inputs, weighted)
             if number + 1 < len(sequence.blocks):
-                _advance(block, calls)
+                advance(block, calls)
 
 
 @torch.no_grad()
-def _capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
+def capture_call(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
     """The arguments with which the model calls `block`; nothing behind it runs."""
     captured: list[Call] = []
 
@@ -285,7 +285,7 @@ def _check_finite(rows: Tensor, name: str, batch: int) -> None:
 
 
 @torch.no_grad()
-def _advance(block: nn.Module, calls: Sequence[Call]) -> None:
+def advance(block: nn.Module, calls: Sequence[Call]) -> None:
     """Replace each call's hidden states by the block's output."""
     for call in calls:
         call.replace_hidden(call.run(block))

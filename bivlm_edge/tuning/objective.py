@@ -167,5 +167,3 @@ def mean_divergence(module: nn.Module, batches: Sequence[Batch], teacher: Teache
         total += float(value)
         positions += count
     return total / max(positions, 1)
-
-

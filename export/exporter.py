@@ -78,6 +78,7 @@ def export_model(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    work_folder: Path | None = None,
 ) -> ExportResult:
     """Quantize a checkpoint and write it as one ONNX model.
 
@@ -90,6 +91,7 @@ def export_model(
         config: Options.
         overwrite: Replace what is there.
         progress: Called with (what runs, steps done, steps in all).
+        work_folder: Where quantization keeps what is finished, see `quantize_model`.
 
     Raises:
         OutputError: The target exists, is not writable, or the disk is full.
@@ -102,7 +104,7 @@ def export_model(
     custom_ops_library()  # validation needs it: better missed now than after quantizing
     tell = progress or _tell_nobody
     started = time.perf_counter()
-    quantized = _quantize(vlm, items, config.quant, tell)
+    quantized = _quantize(vlm, items, config.quant, tell, work_folder)
     vocabulary = _quantize_vocabulary(vlm, quantized)
     quantized.skipped.update(tables_in_float(vlm, vocabulary.table))
     dtype = torch.float16 if config.dtype == "fp16" else torch.float32
@@ -194,11 +196,12 @@ def _quantize(
     items: Sequence[VqaItem],
     options: QuantConfig,
     tell: Progress,
+    work_folder: Path | None,
 ) -> QuantizedModel:
     if options.method == "none":
         return quantize_model(vlm, [], options)
     batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
-    return quantize_model(vlm, batches, options, tell)
+    return quantize_model(vlm, batches, options, tell, work_folder)
 
 
 def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) -> Vocabulary:

@@ -83,6 +83,14 @@ def export(
     ] = "nbits",
     opset: Annotated[int, typer.Option("--opset", help="Version of the standard operators.")] = 23,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    work_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--work-folder",
+            help="Folder that keeps each finished layer: the same command started again goes on "
+            "there, with the same result.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing export.")
     ] = False,
@@ -134,7 +142,15 @@ def export(
     with progress_by_name() as tell:
         items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
         vlm = load_checkpoint(model or checkpoint_path())
-        result = export_model(vlm, items, target, config, overwrite=overwrite, progress=tell)
+        result = export_model(
+            vlm,
+            items,
+            target,
+            config,
+            overwrite=overwrite,
+            progress=tell,
+            work_folder=work_folder,
+        )
     if as_json:
         show_json(_summary(target, result.report))
         return

@@ -26,6 +26,8 @@ from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import QuantizedWeight
 from bivlm_edge.quant.work_folder import WorkFolder, describe_run, pack_weight, unpack_weight
 
+_CONSTANT = 2.0**-14  # 1 % of it, the damping, is above the 2^-24 by which float32 products err
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -376,8 +378,16 @@ def _calibrated(name: str, group: LayerGroup) -> CalibratedLayer:
 
 
 def _hessian(moments: Moments, fit: Moments, layer: nn.Linear) -> Tensor:
-    """E[x x^T] of `moments`, around the mean of `fit` where the layer's bias takes that up."""
-    return moments.around(fit.mean) if _has_bias(layer) else moments.hessian
+    """E[x x^T] of `moments`, around the mean of `fit` where the layer's bias takes that up.
+
+    Of inputs that are constant up to the rounding of float32 nothing definite is left around the
+    mean: any weight does, and the moments around zero choose one.
+    """
+    if not _has_bias(layer):
+        return moments.hessian
+    centred = moments.around(fit.mean)
+    is_constant = centred.trace() <= _CONSTANT * moments.hessian.trace()
+    return moments.hessian if is_constant else centred
 
 
 def _has_bias(layer: nn.Linear) -> bool:

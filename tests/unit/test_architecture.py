@@ -13,9 +13,11 @@ SHARED = {
     "config",
     "bundle",
     "datasets",
+    "package_files",
     "pictures",
     "positions",
     "report",
+    "texts",
     "_ops_library",
     "__version__",
 }

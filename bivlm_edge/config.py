@@ -62,7 +62,7 @@ class QuantConfig:
         n_uns: `bivlm-paper`: number of unsalient groups.
         tune: What is trained on the calibration samples after quantization, towards the float
             model's answers; one of TUNINGS.
-        tune_steps: Steps of fine-tuning, of about 2,048 tokens each.
+        tune_steps: Steps of fine-tuning, each of up to four batches (about 2,048 tokens).
         tune_rate: Factor on all learning rates of fine-tuning.
     """
 

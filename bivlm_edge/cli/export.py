@@ -23,6 +23,7 @@ from bivlm_edge.config import (
     FALLBACKS,
     METHODS,
     PRUNE_MODES,
+    TUNINGS,
     ExportConfig,
     PruneConfig,
     QuantConfig,
@@ -72,6 +73,21 @@ def export(
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", help="Pictures to calibrate on.")
     ] = 512,
+    tune: Annotated[
+        str,
+        typer.Option(
+            "--tune",
+            help="What to train on the calibration pictures towards the float model's answers: "
+            "coefficients, norms and biases block by block, the same end to end, or also the "
+            f"signs: {_choices(TUNINGS)}",
+        ),
+    ] = "none",
+    tune_steps: Annotated[
+        int, typer.Option("--tune-steps", help="Steps of up to four batches, with --tune.")
+    ] = 200,
+    tune_rate: Annotated[
+        float, typer.Option("--tune-rate", help="Factor on the learning rates, with --tune.")
+    ] = 1.0,
     dtype: Annotated[
         str, typer.Option("--dtype", help=f"Activations and KV cache: {_choices(DTYPES)}")
     ] = "fp32",
@@ -106,6 +122,7 @@ def export(
       bivlm-export model.onnx
       bivlm-export small.onnx --bits 1.5 --keep-tokens 0.25
       bivlm-export smolvlm.onnx --model ./SmolVLM-256M-Instruct --calibration ./pictures
+      bivlm-export tuned.onnx --bits 1.25 --tune coefficients
       bivlm-export float.onnx --method none
     """
     # Options are checked before torch loads: a wrong one answers at once.
@@ -115,6 +132,9 @@ def export(
             bits=bits,
             seed=seed,
             calibration_samples=calibration_samples,
+            tune=tune,  # type: ignore[arg-type]  # checked by QuantConfig
+            tune_steps=tune_steps,
+            tune_rate=tune_rate,
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from bivlm_edge.tuning.trainer import State, Trainer, optimise
 
 _TOKENS_AT_ONCE = 1024
 _TOKENS_PER_STEP = 2048
+_BATCHES_PER_STEP = 4
 _JUDGEMENTS = 6
 
 
@@ -40,7 +41,7 @@ def tune_end_to_end(
         batches: To train on.
         held_out: To judge by.
         teacher: The float model.
-        steps: Steps of at least 2,048 tokens, or as many as one batch holds if that is more.
+        steps: Steps, each of the batches that reach 2,048 tokens but of four at most.
         seed: Seed of the order of the batches.
         tell: Called with the steps done.
     """
@@ -72,11 +73,12 @@ def _feed(batches: Sequence[Batch], seed: int) -> Iterator[list[Batch]]:
     parts = [pieces(batch, _TOKENS_AT_ONCE) for batch in batches]
     generator = random.Random(seed)
     step: list[Batch] = []
-    tokens = 0
+    tokens = taken = 0
     while True:
         for number in generator.sample(range(len(parts)), len(parts)):
             step += parts[number]
             tokens += batches[number]["input_ids"].numel()
-            if tokens >= _TOKENS_PER_STEP:
+            taken += 1
+            if tokens >= _TOKENS_PER_STEP or taken == _BATCHES_PER_STEP:
                 yield step
-                step, tokens = [], 0
+                step, tokens, taken = [], 0, 0

@@ -178,6 +178,7 @@ def optimise(
         TuningError: a loss is not finite.
     """
     best = judge()
+    _require_finite(best, 0, steps)
     log = [{"steps": 0, "held_out": best}]
     state: State | None = None
     every = max(1, steps // judgements)
@@ -186,20 +187,25 @@ def optimise(
         tell(step - 1)
         with trainer.gradients():
             loss, terms = backward()
-        if not math.isfinite(loss):
-            raise TuningError(
-                f"the distance from the float model became {loss} at step {step} of {steps}; the "
-                "model is as it was before. Lower --tune-rate, or use --tune none."
-            )
+        _require_finite(loss, step, steps)
         total, count = total + loss, count + terms
         trainer.step()
         if step == steps or (step % every == 0 and steps - step >= every):
             judged = judge()
+            _require_finite(judged, step, steps)
             log.append({"steps": step, "training": total / max(count, 1), "held_out": judged})
             total, count = 0.0, 0
             if judged < best:
                 best, state = judged, trainer.state()
     return state, log
+
+
+def _require_finite(loss: float, step: int, steps: int) -> None:
+    if not math.isfinite(loss):
+        raise TuningError(
+            f"fine-tuning stopped: the distance from the float model is {loss} after step {step} "
+            f"of {steps}. The model is as it was before. Lower --tune-rate, or use --tune none."
+        )
 
 
 def norms_and_biases(module: nn.Module) -> dict[str, nn.Parameter]:

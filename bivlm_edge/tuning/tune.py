@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from bivlm_edge.calibration.capture import Batch
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.packed import BinaryWeight
-from bivlm_edge.quant.quantizer import QuantizableModel, QuantizedModel
+from bivlm_edge.quant.quantizer import Progress, QuantizableModel, QuantizedModel, quantize_model
 from bivlm_edge.tuning.blocks import tune_blocks
 from bivlm_edge.tuning.end_to_end import tune_end_to_end
 from bivlm_edge.tuning.objective import Teacher, compute_dtype, mean_divergence
@@ -49,13 +53,56 @@ class TuningReport:
         return dataclasses.asdict(self)
 
 
+def quantize_and_tune(
+    vlm: QuantizableModel,
+    batches: Sequence[Batch],
+    config: QuantConfig,
+    progress: Progress | None = None,
+    work_folder: Path | None = None,
+    tuning_batches: Sequence[Batch] | None = None,
+) -> tuple[QuantizedModel, TuningReport | None]:
+    """Quantize a model and fine-tune it if `config.tune` says so.
+
+    Fine-tuning holds the float model beside the quantized one.
+
+    Args:
+        vlm: The model; modified.
+        batches: Calibration inputs.
+        config: Options.
+        progress: Called with what runs, the steps done and the steps in all.
+        work_folder: See `quantize_model`; what was tuned is not kept there.
+        tuning_batches: Inputs to tune on and judge by; None: the calibration inputs.
+
+    Returns:
+        The quantized model, and what fine-tuning did, None without it.
+
+    Raises:
+        Errors of `quantize_model` and `tune_model`.
+    """
+    if config.tune == "none":
+        return quantize_model(vlm, batches, config, progress, work_folder), None
+    used = batches if tuning_batches is None else tuning_batches
+    split_batches(used)
+    teacher = Teacher(_float_copy(vlm.module))
+    quantized = quantize_model(vlm, batches, config, progress, work_folder)
+    tell = progress or (lambda *_: None)
+    return quantized, tune_model(vlm, quantized, teacher, used, config, tell)
+
+
+def _float_copy(module: nn.Module) -> nn.Module:
+    """A copy that shares the token table, which quantizing leaves alone."""
+    tables = [layer.weight for layer in module.modules() if isinstance(layer, nn.Embedding)]
+    copied: nn.Module = copy.deepcopy(module, {id(table): table for table in tables})
+    return copied
+
+
 def tune_model(
     vlm: QuantizableModel,
     quantized: QuantizedModel,
     teacher: Teacher,
     batches: Sequence[Batch],
     config: QuantConfig,
-    tell: Callable[[str, int, int], None],
+    tell: Progress,
 ) -> TuningReport:
     """Train what the packed format leaves open, so that the model answers as the float model.
 
@@ -130,7 +177,7 @@ def _tune(
     training: Sequence[Batch],
     held_out: Sequence[Batch],
     config: QuantConfig,
-    tell: Callable[[str, int, int], None],
+    tell: Progress,
 ) -> tuple[State | None, list[dict[str, float]]]:
     """The best state found, or None, and the log."""
     module = vlm.module

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant import methods
 
-Tuning = Literal["none", "blocks", "coefficients", "signs"]
+Tuning = Literal["none", "blocks", "end-to-end", "both"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
@@ -60,9 +60,12 @@ class QuantConfig:
         seed: Seed of the Hadamard signs and of everything else that is drawn.
         calibration_samples: Image and prompt pairs that calibrate the Hessians.
         n_uns: `bivlm-paper`: number of unsalient groups.
-        tune: What is trained on the calibration samples after quantization, towards the float
-            model's answers; one of TUNINGS.
-        tune_steps: Steps of fine-tuning, each of up to four batches (about 2,048 tokens).
+        tune: How coefficients, norms and biases are trained on the calibration samples after
+            quantization: each block towards the outputs of the float block, all of them towards
+            the float model's answers, or one after the other; one of TUNINGS.
+        tune_signs: Train the signs of the planes as well.
+        tune_epochs: Passes over the samples per block.
+        tune_steps: Steps end to end, each of up to four batches (about 2,048 tokens).
         tune_rate: Factor on all learning rates of fine-tuning.
     """
 
@@ -72,6 +75,8 @@ class QuantConfig:
     calibration_samples: int = 512
     n_uns: int = 5
     tune: Tuning = "none"
+    tune_signs: bool = False
+    tune_epochs: int = 2
     tune_steps: int = 200
     tune_rate: float = 1.0
 
@@ -94,10 +99,16 @@ class QuantConfig:
                 f"--tune {self.tune} trains the coefficients of bit planes, which --method "
                 f"{self.method} does not make. Use --method bivlm-edge, or --tune none."
             )
-        if self.tune_steps < 1:
-            raise RequestError(
-                f"--tune-steps {self.tune_steps} is below 1. Use --tune none to train nothing."
-            )
+        if self.tune == "none" and self.tune_signs:
+            raise RequestError("--tune-signs needs --tune blocks, end-to-end or both.")
+        for option, value in (
+            ("--tune-epochs", self.tune_epochs),
+            ("--tune-steps", self.tune_steps),
+        ):
+            if value < 1:
+                raise RequestError(
+                    f"{option} {value} is below 1. Use --tune none to train nothing."
+                )
         if not 0.0 < self.tune_rate < math.inf:
             raise RequestError(
                 f"--tune-rate {self.tune_rate:g} is not a positive factor; 1 is the usual rate."

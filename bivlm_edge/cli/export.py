@@ -77,13 +77,22 @@ def export(
         str,
         typer.Option(
             "--tune",
-            help="What to train on the calibration pictures towards the float model's answers: "
-            "coefficients, norms and biases block by block, the same end to end, or also the "
-            f"signs: {_choices(TUNINGS)}",
+            help="Train coefficients, norms and biases on the calibration pictures towards the "
+            f"float model: {_choices(TUNINGS)}",
         ),
     ] = "none",
+    tune_signs: Annotated[
+        bool, typer.Option("--tune-signs", help="Train the signs as well, with --tune.")
+    ] = False,
+    tune_epochs: Annotated[
+        int, typer.Option("--tune-epochs", help="Passes per block, with --tune blocks or both.")
+    ] = 2,
     tune_steps: Annotated[
-        int, typer.Option("--tune-steps", help="Steps of up to four batches, with --tune.")
+        int,
+        typer.Option(
+            "--tune-steps",
+            help="Steps of up to four batches, with --tune end-to-end or both.",
+        ),
     ] = 200,
     tune_rate: Annotated[
         float, typer.Option("--tune-rate", help="Factor on the learning rates, with --tune.")
@@ -122,7 +131,7 @@ def export(
       bivlm-export model.onnx
       bivlm-export small.onnx --bits 1.5 --keep-tokens 0.25
       bivlm-export smolvlm.onnx --model ./SmolVLM-256M-Instruct --calibration ./pictures
-      bivlm-export tuned.onnx --bits 1.25 --tune coefficients
+      bivlm-export tuned.onnx --bits 1.25 --tune both
       bivlm-export float.onnx --method none
     """
     # Options are checked before torch loads: a wrong one answers at once.
@@ -133,6 +142,8 @@ def export(
             seed=seed,
             calibration_samples=calibration_samples,
             tune=tune,  # type: ignore[arg-type]  # checked by QuantConfig
+            tune_signs=tune_signs,
+            tune_epochs=tune_epochs,
             tune_steps=tune_steps,
             tune_rate=tune_rate,
         ),

@@ -34,9 +34,10 @@ def tune_blocks(
     rates: Rates,
     epochs: int,
     seed: int,
+    signs: bool,
     tell: Callable[[str, int, int], None],
 ) -> tuple[State, list[dict[str, float]]]:
-    """Train coefficients, norms and biases of one block after the other, signs fixed.
+    """Train coefficients, norms and biases of one block after the other, or signs as well.
 
     A block sees what the tuned blocks before it make of the inputs; it is to put out what the
     float block puts out on the float model's inputs. Its tuning is kept if that is nearer on the
@@ -53,6 +54,7 @@ def tune_blocks(
         rates: Learning rates.
         epochs: Passes over `batches` per block.
         seed: Seed of the order of the batches.
+        signs: Whether to train the signs.
         tell: Called with (what runs, steps done, steps in all).
 
     Returns:
@@ -78,8 +80,13 @@ def tune_blocks(
             with fast_products():
                 advance(float_module.get_submodule(name), float_calls)
             targets = [call.hidden for call in float_calls]
+            own = {
+                key: PlaneWeight(weight, float_module.get_submodule(key).weight if signs else None)
+                for key, weight in packed.items()
+                if key.startswith(f"{name}.")
+            }
             tuned, before, after = _tune_block(
-                module, name, packed, calls, targets, len(batches), rates, epochs, seed
+                module, name, own, calls, targets, len(batches), rates, epochs, seed
             )
             if tuned is not None:
                 state.packed.update(tuned.packed)
@@ -93,7 +100,7 @@ def tune_blocks(
 def _tune_block(
     module: nn.Module,
     name: str,
-    packed: Mapping[str, BinaryWeight],
+    weights: Mapping[str, PlaneWeight],
     calls: Sequence[Call],
     targets: Sequence[Tensor],
     training: int,
@@ -103,10 +110,11 @@ def _tune_block(
 ) -> tuple[State | None, float, float]:
     """Tune one block on the first `training` calls; the rest judge. None: nothing was gained."""
     block = module.get_submodule(name)
-    prefix = f"{name}." if name else ""
-    own = {key: weight for key, weight in packed.items() if key.startswith(prefix)}
-    vectors = {f"{prefix}{key}": value for key, value in norms_and_biases(block).items()}
-    start = State(own, {key: value.detach().clone() for key, value in vectors.items()})
+    vectors = {f"{name}.{key}": value for key, value in norms_and_biases(block).items()}
+    start = State(
+        {key: weight.packed for key, weight in weights.items()},
+        {key: value.detach().clone() for key, value in vectors.items()},
+    )
     energy = sum(float(target.float().square().sum()) for target in targets[training:])
     feed = _feed(training, seed)
 
@@ -127,12 +135,10 @@ def _tune_block(
         return total / max(energy, 1e-30)
 
     before = judge()
-    if not own and not vectors:
+    if not weights and not vectors:
         return None, before, before
     steps = epochs * training
-    trainer = Trainer(
-        module, {key: PlaneWeight(weight) for key, weight in own.items()}, vectors, rates, steps
-    )
+    trainer = Trainer(module, weights, vectors, rates, steps)
     try:
         state, _ = optimise(trainer, steps, _JUDGEMENTS, backward, judge, lambda _: None)
     except BaseException:

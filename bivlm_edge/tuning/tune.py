@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bivlm_edge.calibration.capture import Batch
 from bivlm_edge.config import QuantConfig
@@ -25,7 +25,6 @@ from bivlm_edge.tuning.trainer import RATES, State, Trainer, norms_and_biases, r
 
 _HELD_OUT_SHARE = 8
 _MOST_HELD_OUT = 8
-_BLOCK_EPOCHS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +32,22 @@ class TuningReport:
     """What fine-tuning did.
 
     Attributes:
-        tune: What was trained, see `config.TUNINGS`.
+        tune: One of `config.TUNINGS`.
+        signs: Whether signs were trained as well.
         before: KL divergence from the float model on held-out batches, in nats per position.
         after: The same afterwards; `before` if nothing was gained and all was put back.
         dtype: Of the matrix products while training.
         seconds: Time taken.
-        log: Losses on the way: per block, or per interval of steps.
+        log: Losses on the way: per block, or per interval of steps; `divergence` after a stage.
     """
 
     tune: str
+    signs: bool
     before: float
     after: float
     dtype: str
     seconds: float
-    log: list[dict[str, float]]
+    log: list[dict[str, float | str]]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the report of an export."""
@@ -106,16 +107,17 @@ def tune_model(
 ) -> TuningReport:
     """Train what the packed format leaves open, so that the model answers as the float model.
 
-    Row coefficients, norms and biases are trained, with "signs" the signs of the planes as well;
-    planes, transforms and bytes stay what they are. Afterwards `quantized.weights` and the layers
-    of `vlm.module` hold the same values again.
+    Row coefficients, norms and biases are trained, and signs if `config.tune_signs`; planes,
+    transforms and bytes stay what they are. A stage that does not lower the divergence on held-out
+    batches is undone. Afterwards `quantized.weights` and the layers of `vlm.module` hold the same
+    values again.
 
     Args:
         vlm: The quantized model; modified.
         quantized: What `quantize_model` returned for it; modified.
         teacher: Made of a copy of `vlm.module` before it was quantized.
         batches: Calibration inputs; some are held out to judge by.
-        config: `tune`, `tune_steps`, `tune_rate` and `seed`.
+        config: The fields that begin with `tune`, and `seed`.
         tell: Called with (what runs, steps done, steps in all).
 
     Raises:
@@ -124,33 +126,47 @@ def tune_model(
     """
     started = time.perf_counter()
     training, held_out = split_batches(batches)
-    packed = _binary_weights(quantized)
-    start = State(
-        packed,
-        {name: value.detach().clone() for name, value in norms_and_biases(vlm.module).items()},
+    state = State(_binary_weights(quantized), _copied(norms_and_biases(vlm.module)))
+    loss = before = mean_divergence(vlm.module, held_out, teacher)
+    log: list[dict[str, float | str]] = []
+    stages = ("blocks", "end-to-end") if config.tune == "both" else (config.tune,)
+    for stage in stages:
+        try:
+            found, entries = _STAGES[stage](
+                vlm, state.packed, teacher, training, held_out, config, tell
+            )
+        except BaseException:
+            restore(vlm.module, state)
+            raise
+        log += [{"stage": stage, **entry} for entry in entries]
+        if found is None:
+            restore(vlm.module, state)
+            continue
+        restore(vlm.module, found)
+        reached = mean_divergence(vlm.module, held_out, teacher)
+        log.append({"stage": stage, "divergence": reached})
+        if reached < loss:
+            loss = reached
+            state = State(found.packed, {**state.vectors, **found.vectors})
+        else:
+            restore(vlm.module, state)
+    changed = {
+        name for name, weight in state.packed.items() if weight is not quantized.weights[name]
+    }
+    quantized.weights.update(state.packed)
+    quantized.reports = [
+        dataclasses.replace(report, output_error=None) if report.name in changed else report
+        for report in quantized.reports
+    ]
+    return TuningReport(
+        tune=config.tune,
+        signs=config.tune_signs,
+        before=before,
+        after=loss,
+        dtype=str(compute_dtype()).removeprefix("torch."),
+        seconds=round(time.perf_counter() - started, 1),
+        log=log,
     )
-    before = mean_divergence(vlm.module, held_out, teacher)
-    try:
-        state, log = _tune(vlm, packed, teacher, training, held_out, config, tell)
-    except BaseException:
-        restore(vlm.module, start)
-        raise
-    after = before
-    if state is not None:
-        restore(vlm.module, state)
-        after = mean_divergence(vlm.module, held_out, teacher)
-    if state is not None and after < before:
-        quantized.weights.update(state.packed)
-        quantized.reports = [
-            dataclasses.replace(report, output_error=None) if report.name in packed else report
-            for report in quantized.reports
-        ]
-    else:
-        restore(vlm.module, start)
-        after = before
-    dtype = str(compute_dtype()).removeprefix("torch.")
-    seconds = round(time.perf_counter() - started, 1)
-    return TuningReport(config.tune, before, after, dtype, seconds, log)
 
 
 def split_batches(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -170,7 +186,10 @@ def split_batches(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return training, [batches[i] for i in sorted(chosen)]
 
 
-def _tune(
+_Entries = list[dict[str, float]]
+
+
+def _tune_blocks(
     vlm: QuantizableModel,
     packed: Mapping[str, BinaryWeight],
     teacher: Teacher,
@@ -178,33 +197,42 @@ def _tune(
     held_out: Sequence[Batch],
     config: QuantConfig,
     tell: Progress,
-) -> tuple[State | None, list[dict[str, float]]]:
-    """The best state found, or None, and the log."""
-    module = vlm.module
-    rates = RATES.times(config.tune_rate)
-    if config.tune == "blocks":
-        return tune_blocks(
-            module,
-            vlm.block_sequences(),
-            packed,
-            teacher.module,
-            training,
-            held_out,
-            rates,
-            _BLOCK_EPOCHS,
-            config.seed,
-            tell,
-        )
-    floats = dict(teacher.module.named_modules())
+) -> tuple[State | None, _Entries]:
+    return tune_blocks(
+        vlm.module,
+        vlm.block_sequences(),
+        packed,
+        teacher.module,
+        training,
+        held_out,
+        RATES.times(config.tune_rate),
+        config.tune_epochs,
+        config.seed,
+        config.tune_signs,
+        tell,
+    )
+
+
+def _tune_end_to_end(
+    vlm: QuantizableModel,
+    packed: Mapping[str, BinaryWeight],
+    teacher: Teacher,
+    training: Sequence[Batch],
+    held_out: Sequence[Batch],
+    config: QuantConfig,
+    tell: Progress,
+) -> tuple[State | None, _Entries]:
+    module, steps = vlm.module, config.tune_steps
     weights = {
-        name: PlaneWeight(weight, floats[name].weight if config.tune == "signs" else None)
+        name: PlaneWeight(
+            weight, teacher.module.get_submodule(name).weight if config.tune_signs else None
+        )
         for name, weight in packed.items()
     }
-    steps = config.tune_steps
-    trainer = Trainer(module, weights, norms_and_biases(module), rates, steps)
+    rates = RATES.times(config.tune_rate)
     return tune_end_to_end(
         module,
-        trainer,
+        Trainer(module, weights, norms_and_biases(module), rates, steps),
         training,
         held_out,
         teacher,
@@ -212,6 +240,13 @@ def _tune(
         config.seed,
         lambda done: tell("tuning end to end", done, steps),
     )
+
+
+_STAGES = {"blocks": _tune_blocks, "end-to-end": _tune_end_to_end}
+
+
+def _copied(vectors: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in vectors.items()}
 
 
 def _binary_weights(quantized: QuantizedModel) -> dict[str, BinaryWeight]:

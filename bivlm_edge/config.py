@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ from bivlm_edge.quant import methods
 
 Grid = Literal["minmax", "lloyd"]
 Importance = Literal["none", "vlmq", "loss"]
+Tuning = Literal["none", "blocks", "end-to-end", "both"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
@@ -19,6 +21,7 @@ METHODS = (*methods.names(), "none")
 GRIDS: tuple[str, ...] = get_args(Grid)
 IMPORTANCES: tuple[str, ...] = get_args(Importance)
 STAGES = methods.declaration("bivlm-edge").stages
+TUNINGS: tuple[str, ...] = get_args(Tuning)
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -82,6 +85,14 @@ class QuantConfig:
             gradient of each attention block's error; `loss`, by that of the answer. None: the
             method's own, `loss` for `bivlm-edge`, `none` for all others.
         without: Names of STAGES that are switched off; kept sorted.
+        n_uns: `bivlm-paper`: number of unsalient groups.
+        tune: How coefficients, norms and biases are trained on the calibration samples after
+            quantization: each block towards the outputs of the float block, all of them towards
+            the float model's answers, or one after the other; one of TUNINGS.
+        tune_signs: Train the signs of the planes as well.
+        tune_epochs: Passes over the samples per block.
+        tune_steps: Steps end to end, each of up to four batches (about 2,048 tokens).
+        tune_rate: Factor on all learning rates of fine-tuning.
     """
 
     method: str = "bivlm-edge"
@@ -93,6 +104,11 @@ class QuantConfig:
     paper_exact: bool = False
     importance: str | None = None
     without: Collection[str] = ()
+    tune: Tuning = "none"
+    tune_signs: bool = False
+    tune_epochs: int = 2
+    tune_steps: int = 200
+    tune_rate: float = 1.0
 
     def __post_init__(self) -> None:
         _require_choice("--method", self.method, METHODS)
@@ -158,6 +174,30 @@ class QuantConfig:
                 raise RequestError(
                     f"--without {name} names no stage of --method {self.method}. {accepted}"
                 )
+            raise RequestError(f"n_uns {self.n_uns} is outside 1 to 6.")
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        _require_choice("--tune", self.tune, TUNINGS)
+        if self.tune != "none" and self.method != "bivlm-edge":
+            raise RequestError(
+                f"--tune {self.tune} trains the coefficients of bit planes, which --method "
+                f"{self.method} does not make. Use --method bivlm-edge, or --tune none."
+            )
+        if self.tune == "none" and self.tune_signs:
+            raise RequestError("--tune-signs needs --tune blocks, end-to-end or both.")
+        for option, value in (
+            ("--tune-epochs", self.tune_epochs),
+            ("--tune-steps", self.tune_steps),
+        ):
+            if value < 1:
+                raise RequestError(
+                    f"{option} {value} is below 1. Use --tune none to train nothing."
+                )
+        if not 0.0 < self.tune_rate < math.inf:
+            raise RequestError(
+                f"--tune-rate {self.tune_rate:g} is not a positive factor; 1 is the usual rate."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ def walk(
             with held(name) if held else nullcontext():
                 yield from _walk_block(sequence.name, name, block, calls, weighting, restore)
                 if name != last:
-                    _advance(block, calls)
+                    advance(block, calls)
 
 
 def _walk_block(
@@ -302,7 +302,7 @@ def _check_finite(rows: Tensor, name: str, batch: int) -> None:
 
 
 @torch.no_grad()
-def _advance(block: nn.Module, calls: Sequence[Call]) -> None:
+def advance(block: nn.Module, calls: Sequence[Call]) -> None:
     """Replace each call's hidden states by the block's output."""
     for call in calls:
         call.replace_hidden(call.run(block))

@@ -26,6 +26,7 @@ from bivlm_edge.config import (
     METHODS,
     PRUNE_MODES,
     STAGES,
+    TUNINGS,
     ExportConfig,
     PruneConfig,
     QuantConfig,
@@ -110,6 +111,30 @@ def export(
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", help="Pictures to calibrate on.")
     ] = 512,
+    tune: Annotated[
+        str,
+        typer.Option(
+            "--tune",
+            help="Train coefficients, norms and biases on the calibration pictures towards the "
+            f"float model: {_choices(TUNINGS)}",
+        ),
+    ] = "none",
+    tune_signs: Annotated[
+        bool, typer.Option("--tune-signs", help="Train the signs as well, with --tune.")
+    ] = False,
+    tune_epochs: Annotated[
+        int, typer.Option("--tune-epochs", help="Passes per block, with --tune blocks or both.")
+    ] = 2,
+    tune_steps: Annotated[
+        int,
+        typer.Option(
+            "--tune-steps",
+            help="Steps of up to four batches, with --tune end-to-end or both.",
+        ),
+    ] = 200,
+    tune_rate: Annotated[
+        float, typer.Option("--tune-rate", help="Factor on the learning rates, with --tune.")
+    ] = 1.0,
     dtype: Annotated[
         str, typer.Option("--dtype", help=f"Activations and KV cache: {_choices(DTYPES)}")
     ] = "fp32",
@@ -152,6 +177,7 @@ def export(
       bivlm-export model.onnx
       bivlm-export small.onnx --bits 1.5 --keep-tokens 0.25
       bivlm-export smolvlm.onnx --model ./SmolVLM-256M-Instruct --calibration ./pictures
+      bivlm-export tuned.onnx --bits 1.25 --tune both
       bivlm-export float.onnx --method none
     """
     # Options are checked before torch loads: a wrong one answers at once.
@@ -166,6 +192,11 @@ def export(
             paper_exact=paper_exact,
             importance=importance,
             without=split_names(without or ()),
+            tune=tune,  # type: ignore[arg-type]  # checked by QuantConfig
+            tune_signs=tune_signs,
+            tune_epochs=tune_epochs,
+            tune_steps=tune_steps,
+            tune_rate=tune_rate,
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]

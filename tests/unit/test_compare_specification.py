@@ -27,8 +27,12 @@ class Options:
 
 
 def test_method_bits_and_options_become_a_config() -> None:
-    run = parse_run("bivlm-edge@1.5,seed=3,calibration-samples=7", {"n_uns": 2})
-    assert run.config == QuantConfig(bits=1.5, seed=3, calibration_samples=7, n_uns=2)
+    defaults = {"seed": 1, "calibration_samples": 9}
+    run = parse_run("bivlm-edge@1.5,seed=3,calibration-samples=7", defaults)
+    assert run.config == QuantConfig(bits=1.5, seed=3, calibration_samples=7)
+    assert parse_run("rtn@4", defaults).config == QuantConfig(
+        method="rtn", bits=4, seed=1, calibration_samples=9
+    )
     assert (run.name, run.budget) == ("bivlm-edge@1.5,seed=3,calibration-samples=7", 1.5)
     assert run.series == "bivlm-edge,seed=3,calibration-samples=7"
 

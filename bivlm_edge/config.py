@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -9,12 +11,17 @@ from bivlm_edge.errors import RequestError
 from bivlm_edge.quant import methods
 
 Grid = Literal["minmax", "lloyd"]
+Importance = Literal["none", "vlmq", "loss"]
+Tuning = Literal["none", "blocks", "end-to-end", "both"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
 
 METHODS = (*methods.names(), "none")
 GRIDS: tuple[str, ...] = get_args(Grid)
+IMPORTANCES: tuple[str, ...] = get_args(Importance)
+STAGES = methods.declaration("bivlm-edge").stages
+TUNINGS: tuple[str, ...] = get_args(Tuning)
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -74,6 +81,18 @@ class QuantConfig:
             not deployed).
         n_uns: `bivlm-paper`: number of unsalient groups, 1 to 6.
         paper_exact: `bivlm-paper`: salient codes by equation 14 as printed.
+        importance: How much each token counts in the Hessians: `none`, all alike; `vlmq`, by the
+            gradient of each attention block's error; `loss`, by that of the answer. None: the
+            method's own, `loss` for `bivlm-edge`, `none` for all others.
+        without: Names of STAGES that are switched off; kept sorted.
+        n_uns: `bivlm-paper`: number of unsalient groups.
+        tune: How coefficients, norms and biases are trained on the calibration samples after
+            quantization: each block towards the outputs of the float block, all of them towards
+            the float model's answers, or one after the other; one of TUNINGS.
+        tune_signs: Train the signs of the planes as well.
+        tune_epochs: Passes over the samples per block.
+        tune_steps: Steps end to end, each of up to four batches (about 2,048 tokens).
+        tune_rate: Factor on all learning rates of fine-tuning.
     """
 
     method: str = "bivlm-edge"
@@ -83,11 +102,21 @@ class QuantConfig:
     grid: Grid = "minmax"
     n_uns: int = 5
     paper_exact: bool = False
+    importance: str | None = None
+    without: Collection[str] = ()
+    tune: Tuning = "none"
+    tune_signs: bool = False
+    tune_epochs: int = 2
+    tune_steps: int = 200
+    tune_rate: float = 1.0
 
     def __post_init__(self) -> None:
         _require_choice("--method", self.method, METHODS)
+        object.__setattr__(self, "without", tuple(sorted(set(self.without))))
         if self.method != "none":
             _check_bits(self.bits, self.method)
+        self._check_importance()
+        self._check_without()
         if self.calibration_samples < 1:
             raise RequestError(
                 f"calibration needs at least one sample, got {self.calibration_samples}."
@@ -109,6 +138,65 @@ class QuantConfig:
             raise RequestError(
                 f"--{option.replace('_', '-')} does not go with --method {self.method}, which does "
                 f"not read it. Leave it out, or choose --method {' or '.join(owners)}."
+            )
+
+    @property
+    def token_weights(self) -> str:
+        """The kind of importance that is used, one of IMPORTANCES."""
+        if self.importance is not None:
+            return self.importance
+        needs = frozenset() if self.method == "none" else methods.declaration(self.method).needs
+        return "loss" if "importance" in needs and "importance" not in self.without else "none"
+
+    def _check_importance(self) -> None:
+        if self.importance in (None, "none"):
+            return
+        _require_choice("--importance", self.importance, IMPORTANCES)
+        weighable = [
+            name for name in methods.names() if "hessian" in methods.declaration(name).needs
+        ]
+        if self.method not in weighable:
+            raise RequestError(
+                f"--importance {self.importance} weighs tokens in Hessians, which --method "
+                f"{self.method} does not use. Leave it out, or choose {', '.join(weighable)}."
+            )
+        if "importance" in self.without:
+            raise RequestError(
+                f"--importance {self.importance} and --without importance exclude each other. "
+                "Give one of them."
+            )
+
+    def _check_without(self) -> None:
+        stages = () if self.method == "none" else methods.declaration(self.method).stages
+        for name in self.without:
+            if name not in stages:
+                accepted = f"Stages: {', '.join(stages)}." if stages else "It has none."
+                raise RequestError(
+                    f"--without {name} names no stage of --method {self.method}. {accepted}"
+                )
+            raise RequestError(f"n_uns {self.n_uns} is outside 1 to 6.")
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        _require_choice("--tune", self.tune, TUNINGS)
+        if self.tune != "none" and self.method != "bivlm-edge":
+            raise RequestError(
+                f"--tune {self.tune} trains the coefficients of bit planes, which --method "
+                f"{self.method} does not make. Use --method bivlm-edge, or --tune none."
+            )
+        if self.tune == "none" and self.tune_signs:
+            raise RequestError("--tune-signs needs --tune blocks, end-to-end or both.")
+        for option, value in (
+            ("--tune-epochs", self.tune_epochs),
+            ("--tune-steps", self.tune_steps),
+        ):
+            if value < 1:
+                raise RequestError(
+                    f"{option} {value} is below 1. Use --tune none to train nothing."
+                )
+        if not 0.0 < self.tune_rate < math.inf:
+            raise RequestError(
+                f"--tune-rate {self.tune_rate:g} is not a positive factor; 1 is the usual rate."
             )
 
 

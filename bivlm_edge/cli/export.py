@@ -17,6 +17,7 @@ from bivlm_edge.cli.common import (
     progress_by_name,
     show,
     show_json,
+    split_names,
 )
 from bivlm_edge.config import (
     DTYPES,
@@ -24,6 +25,8 @@ from bivlm_edge.config import (
     GRIDS,
     METHODS,
     PRUNE_MODES,
+    STAGES,
+    TUNINGS,
     ExportConfig,
     PruneConfig,
     QuantConfig,
@@ -74,6 +77,24 @@ def export(
             "--paper-exact", help="bivlm-paper: salient codes by equation 14 as it is printed."
         ),
     ] = False,
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            "--importance",
+            help="How much each token counts in calibration: none (all alike), vlmq (error of each "
+            "attention block), loss (the answer).",
+            show_default="loss with bivlm-edge, else none",
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            help=f"Stages of bivlm-edge to switch off, with commas or repeated: {_choices(STAGES)}",
+            show_default="none",
+            metavar="STAGE",
+        ),
+    ] = None,
     keep_tokens: Annotated[
         float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
     ] = 1.0,
@@ -90,6 +111,30 @@ def export(
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", help="Pictures to calibrate on.")
     ] = 512,
+    tune: Annotated[
+        str,
+        typer.Option(
+            "--tune",
+            help="Train coefficients, norms and biases on the calibration pictures towards the "
+            f"float model: {_choices(TUNINGS)}",
+        ),
+    ] = "none",
+    tune_signs: Annotated[
+        bool, typer.Option("--tune-signs", help="Train the signs as well, with --tune.")
+    ] = False,
+    tune_epochs: Annotated[
+        int, typer.Option("--tune-epochs", help="Passes per block, with --tune blocks or both.")
+    ] = 2,
+    tune_steps: Annotated[
+        int,
+        typer.Option(
+            "--tune-steps",
+            help="Steps of up to four batches, with --tune end-to-end or both.",
+        ),
+    ] = 200,
+    tune_rate: Annotated[
+        float, typer.Option("--tune-rate", help="Factor on the learning rates, with --tune.")
+    ] = 1.0,
     dtype: Annotated[
         str, typer.Option("--dtype", help=f"Activations and KV cache: {_choices(DTYPES)}")
     ] = "fp32",
@@ -132,6 +177,7 @@ def export(
       bivlm-export model.onnx
       bivlm-export small.onnx --bits 1.5 --keep-tokens 0.25
       bivlm-export smolvlm.onnx --model ./SmolVLM-256M-Instruct --calibration ./pictures
+      bivlm-export tuned.onnx --bits 1.25 --tune both
       bivlm-export float.onnx --method none
     """
     # Options are checked before torch loads: a wrong one answers at once.
@@ -144,6 +190,13 @@ def export(
             grid=grid,  # type: ignore[arg-type]  # checked by QuantConfig
             n_uns=n_uns,
             paper_exact=paper_exact,
+            importance=importance,
+            without=split_names(without or ()),
+            tune=tune,  # type: ignore[arg-type]  # checked by QuantConfig
+            tune_signs=tune_signs,
+            tune_epochs=tune_epochs,
+            tune_steps=tune_steps,
+            tune_rate=tune_rate,
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]

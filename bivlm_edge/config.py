@@ -130,6 +130,7 @@ class QuantConfig:
         self._check_owner("grid", self.grid, "minmax")
         self._check_owner("n_uns", self.n_uns, 5)
         self._check_owner("paper_exact", self.paper_exact, False)
+        self._check_tuning()
 
     def _check_owner(self, option: str, value: object, default: object) -> None:
         """Refuse an option that the method would not read."""
@@ -174,8 +175,6 @@ class QuantConfig:
                 raise RequestError(
                     f"--without {name} names no stage of --method {self.method}. {accepted}"
                 )
-            raise RequestError(f"n_uns {self.n_uns} is outside 1 to 6.")
-        self._check_tuning()
 
     def _check_tuning(self) -> None:
         _require_choice("--tune", self.tune, TUNINGS)

@@ -9,7 +9,7 @@ import pytest
 
 from bivlm_edge.compare import specification
 from bivlm_edge.compare.specification import parse_run, plan
-from bivlm_edge.config import QuantConfig
+from bivlm_edge.config import STAGES, QuantConfig
 from bivlm_edge.errors import RequestError
 
 
@@ -98,7 +98,7 @@ def test_nothing_to_compare_is_refused() -> None:
 
 def test_ablation_switches_off_each_stage_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specification, "QuantConfig", Options)
-    monkeypatch.setattr(specification.configuration, "STAGES", ("prefix", "refit"), raising=False)
+    monkeypatch.setattr(specification, "STAGES", ("prefix", "refit"))
     runs = plan([], [2.0, 1.5], [], ablate=True, defaults={})
     assert [run.name for run in runs] == [
         "none",
@@ -108,3 +108,9 @@ def test_ablation_switches_off_each_stage_in_turn(monkeypatch: pytest.MonkeyPatc
     assert runs[2].config == Options(  # type: ignore[comparison-overlap]
         without=frozenset({"prefix"})
     )
+
+
+def test_every_stage_of_the_method_can_be_switched_off() -> None:
+    runs = plan([], [2.0], [], ablate=True, defaults={})
+    assert [run.config.without for run in runs[2:]] == [(stage,) for stage in STAGES]
+    assert STAGES

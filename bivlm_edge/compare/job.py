@@ -32,6 +32,7 @@ from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
 from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.runtime.evaluate import Score
 from bivlm_edge.runtime.process_memory import memory_bytes
+from bivlm_edge.tuning import quantize_and_tune
 
 EASY_VQA = "easy-vqa"
 FLOAT_BITS = 32.0
@@ -65,10 +66,11 @@ class Job:
 def execute(job: Job, tell: Tell) -> dict[str, Any]:
     """Run a job and return what was measured.
 
-    Keys: `claimed_bits`, `true_bits`, `accuracy`, `open_ended_accuracy`, `perplexity`, `seconds`
-    (calibration and quantization), `evaluation_seconds`, `peak_mb` (VmHWM of this process, 10^6
-    bytes), `quantization_peak_mb` (before the evaluation), `is_finite` (whether the perplexity
-    is), and for questions `questions`, `interval`, `per_kind`, for texts `windows`.
+    Keys: `claimed_bits`, `true_bits`, `accuracy`, `open_ended_accuracy`, `perplexity`,
+    `is_finite` (whether the perplexity is), `tuning` (the report of fine-tuning, or None),
+    `seconds` (calibration, quantization and fine-tuning), `evaluation_seconds`, `peak_mb` (VmHWM
+    of this process, 10^6 bytes), `quantization_peak_mb` (before the evaluation), and for questions
+    `questions`, `interval`, `open_ended_interval`, `per_kind`, for texts `windows`.
     """
     torch.set_num_threads(job.threads)
     config = QuantConfig(**job.config)
@@ -94,7 +96,10 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
 
     batches = _calibration(model, job, config)
     started = time.perf_counter()
-    quantized = quantize_model(model, batches, config, tell)
+    if config.method == "none":
+        quantized, tuning = quantize_model(model, [], config), None
+    else:
+        quantized, tuning = quantize_and_tune(model, batches, config, tell)
     if quantized.weights:
         round_vocabulary(model.module)  # as an export does
     seconds = time.perf_counter() - started
@@ -105,6 +110,7 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
     return {
         **_bits(quantized),
         **found,
+        "tuning": None if tuning is None else tuning.to_json(),
         "seconds": round(seconds, 2),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
         "peak_mb": _peak_mb(),

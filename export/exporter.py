@@ -128,6 +128,16 @@ def export_model(
     return ExportResult(paths, report)
 
 
+def take_part(
+    vlm: VisionLanguageModel,
+    items: Sequence[VqaItem],
+    config: ExportConfig,
+    work_folder: Path | None = None,
+) -> None:
+    """Share the quantization of an `export_model` that another process runs; write nothing."""
+    _quantize(vlm, items, config.quant, _tell_nobody, work_folder)
+
+
 def write_bundle(
     vlm: VisionLanguageModel,
     table: GroupWeight | NDArray[np.float32],

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.moments import InputStatistics, StatisticsCollector
+from bivlm_edge.calibration.moments import ALONE, InputStatistics, StatisticsCollector
+from bivlm_edge.distributed import Team
 from bivlm_edge.errors import DataError, UnsupportedModelError
 
 Batch = Mapping[str, Tensor]
@@ -135,6 +136,7 @@ def walk(
     weighting: Weighting | None = None,
     restore: Callable[[Mapping[str, nn.Linear]], bool] | None = None,
     held: Callable[[str], AbstractContextManager[None]] | None = None,
+    team: Team = ALONE,
 ) -> Iterator[LayerGroup]:
     """Yield the groups of linear layers in order of execution, each with fresh statistics.
 
@@ -153,10 +155,13 @@ def walk(
             final weights were known and are in place now, so that the group is not yielded.
         held: Called with a block's name; the block's weights are in memory inside what it returns
             (`models.streaming`). None: they always are.
+        team: The processes that walk together, `batches` being this one's share; statistics are
+            those of all batches.
 
     Raises:
         DataError: The input of a layer is not finite; the message names layer and batch.
     """
+    count = team.total(len(batches))
     for sequence in sequences:
         if not sequence.blocks:
             continue
@@ -164,7 +169,9 @@ def walk(
         last = sequence.blocks[-1][0]
         for name, block in sequence.blocks:
             with held(name) if held else nullcontext():
-                yield from _walk_block(sequence.name, name, block, calls, weighting, restore)
+                yield from _walk_block(
+                    sequence.name, name, block, calls, weighting, restore, team, count
+                )
                 if name != last:
                     advance(block, calls)
 
@@ -176,6 +183,8 @@ def _walk_block(
     calls: Sequence[Call],
     weighting: Weighting | None,
     restore: Callable[[Mapping[str, nn.Linear]], bool] | None,
+    team: Team,
+    count: int,
 ) -> Iterator[LayerGroup]:
     """Yield the groups of one block; see `walk`."""
     prefix = f"{name}." if name else ""
@@ -184,7 +193,7 @@ def _walk_block(
         named = {prefix + local: layer for local, layer in layers.items()}
         if restore is not None and restore(named):
             continue
-        inputs, weighted = _collect(block, calls, named, weights)
+        inputs, weighted = _collect(block, calls, named, weights, team, count)
         yield LayerGroup(part, named, inputs, weighted)
 
 
@@ -252,26 +261,29 @@ def _collect(
     calls: Sequence[Call],
     layers: Mapping[str, nn.Linear],
     token_weights: TokenWeights,
+    team: Team,
+    count: int,
 ) -> tuple[InputStatistics, dict[str, InputStatistics]]:
     """Statistics of the input that `layers` share: plain, and by name with token weights.
 
     A layer that runs several times in its block is measured at its first run.
     """
     first = next(iter(layers.values()))
-    plain = StatisticsCollector(first.in_features, len(calls))
+    plain = StatisticsCollector(first.in_features, count, team)
     weighted = {
-        name: StatisticsCollector(first.in_features, len(calls))
+        name: StatisticsCollector(first.in_features, count, team)
         for name in layers
         if name in token_weights
     }
+    numbers = team.numbers(len(calls))  # of this process's batches among all
     current = 0
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].reshape(-1, first.in_features)
-        _check_finite(rows, next(iter(layers)), current)
-        plain.add(rows, current)
+        _check_finite(rows, next(iter(layers)), numbers[current])
+        plain.add(rows, numbers[current])
         for name, collector in weighted.items():
-            collector.add(rows, current, token_weights[name][current])
+            collector.add(rows, numbers[current], token_weights[name][current])
         raise Stopped
 
     handle = first.register_forward_pre_hook(hook)

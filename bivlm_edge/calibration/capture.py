@@ -203,7 +203,7 @@ def walk(
                     if restore is None or not restore(layers):
                         yield LayerGroup(sequence.name, layers, *measure.run([layers])[0])
                 if name != last:
-                    _advance(block, calls)
+                    advance(block, calls)
 
 
 @torch.no_grad()
@@ -364,7 +364,7 @@ def _check_finite(rows: Tensor, name: str, batch: int) -> None:
 
 
 @torch.no_grad()
-def _advance(block: nn.Module, calls: Sequence[Call]) -> None:
+def advance(block: nn.Module, calls: Sequence[Call]) -> None:
     """Replace each call's hidden states by the block's output."""
     for call in calls:
         call.replace_hidden(call.run(block))

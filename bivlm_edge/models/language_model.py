@@ -98,18 +98,29 @@ def load_model(
         CheckpointError: Nothing loadable is there.
         UnsupportedModelError: It is neither.
     """
+    loader = load_language_model if is_language_model(source) else load_checkpoint
+    return loader(source, stream)
+
+
+def is_language_model(source: str | Path) -> bool:
+    """Tell a causal language model from a vision-language model by its configuration.
+
+    Raises:
+        CheckpointError: There is none to read.
+        UnsupportedModelError: It is neither.
+    """
     if str(source) == SMOLLM2:
-        return load_language_model(source, stream)
+        return True
     config = load_part(str(source), "configuration", transformers.AutoConfig.from_pretrained)
     if config.model_type in families.FAMILIES:
-        return load_checkpoint(source, stream)
+        return False
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
             f"'{source}' has the model type '{config.model_type}', which is neither a supported "
             f"vision-language model ({', '.join(sorted(families.FAMILIES))}) nor a causal "
             "language model of transformers."
         )
-    return load_language_model(source, stream)
+    return True
 
 
 def load_language_model(source: str | Path, stream: bool | None = None) -> LanguageModel:
@@ -129,7 +140,7 @@ def load_language_model(source: str | Path, stream: bool | None = None) -> Langu
     options: dict[str, Any] = {}
     folder = str(source)
     if folder == SMOLLM2:
-        _require_gguf()
+        require_gguf()
         file = _smollm2_file()
         folder, options = str(file.parent), {"gguf_file": file.name}
         if stream:
@@ -185,7 +196,12 @@ def _check_blocks(source: str, module: Any) -> None:
                 )
 
 
-def _require_gguf() -> None:
+def require_gguf() -> None:
+    """Refuse SmolLM2 where its file cannot be read.
+
+    Raises:
+        RequestError: A package is not installed.
+    """
     absent = [name for name in _GGUF_REQUIREMENTS if importlib.util.find_spec(name) is None]
     if absent:
         raise RequestError(

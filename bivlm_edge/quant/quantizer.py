@@ -480,7 +480,9 @@ def _quantize_group(
     options = LayerOptions(
         part=group.part,
         bits=config.bits,
+        grid=config.grid,
         n_uns=config.n_uns,
+        paper_exact=config.paper_exact,
         byte_budget=plan.nbytes if plan else int(config.bits * weights / 8),
         seed=_seed(config, group),
         without=config.without,

@@ -85,7 +85,7 @@ class Team:
         counts[self.rank] = len(rows)
         counts = self.sum(counts)
         whole = rows.new_zeros(int(counts.sum()), *rows.shape[1:])
-        parts = list(whole.split(counts.tolist()))
+        parts = list(torch.split(whole, counts.tolist()))
         parts[self.rank].copy_(rows)
         with _peers():
             for source, part in enumerate(parts):

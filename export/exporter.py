@@ -135,7 +135,10 @@ def take_part(
     work_folder: Path | None = None,
 ) -> None:
     """Share the quantization of an `export_model` that another process runs; write nothing."""
-    _quantize(vlm, items, config.quant, _tell_nobody, work_folder)
+    if config.quant.method != "none":
+        options = config.quant
+        batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
+        quantize_model(vlm, batches, options, None, work_folder)
 
 
 def write_bundle(

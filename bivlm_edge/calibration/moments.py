@@ -66,7 +66,8 @@ class _Accumulator:
             return self
         counts = torch.tensor([float(self.rows), self.weight], dtype=torch.float64)
         parts = [self.squares.reshape(-1), self.sums, counts]
-        squares, sums, counts = team.sum(torch.cat(parts)).split([len(part) for part in parts])
+        lengths = [len(part) for part in parts]
+        squares, sums, counts = torch.split(team.sum(torch.cat(parts)), lengths)
         whole = _Accumulator(0)
         whole.squares, whole.sums = squares.reshape(self.squares.shape), sums
         whole.rows, whole.weight = int(counts[0]), float(counts[1])

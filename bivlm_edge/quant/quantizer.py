@@ -161,7 +161,9 @@ def quantize_model(
             weighting = _fixed_weights(vlm, sequences, batches, config, work, team)
     needs = methods.declaration(config.method).needs
     if "budget" in needs and "model-budget" not in config.without:
-        walk_once = partial(walk, vlm.module, sequences, batches, weighting, held=held, team=team)
+        walk_once = partial(
+            walk, vlm.module, sequences, batches, weighting, held=held, team=team, frozen=True
+        )
         plans = _plan(walk_once, result.skipped, config, work)
     if config.token_weights == "vlmq":
         weighting = VlmqWeighting(
@@ -426,7 +428,7 @@ def _calibrated(name: str, group: LayerGroup, config: QuantConfig) -> Calibrated
     """A layer with Hessians in the scale in which errors of all layers of a model compare."""
     layer = group.layers[name]
     weight = layer.weight.detach().float().clone()
-    statistics = group.weighted.get(name, group.inputs)
+    statistics = group.statistics(name)
     fit = statistics.fit
     if name in group.weighted:
         scale = fit.weight
@@ -501,7 +503,7 @@ def _install(
     judged = group.inputs.held_out or group.inputs.fit
     moments = judged.hessian
     if _corrects_bias(layer, config):
-        mean = group.weighted.get(name, group.inputs).fit.mean
+        mean = group.statistics(name).fit.mean
         layer.bias.add_((weight - rounded).double() @ mean)
         moments = judged.around(mean)
     energy = output_energy(weight, judged.hessian)

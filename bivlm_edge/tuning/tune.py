@@ -82,6 +82,11 @@ def quantize_and_tune(
     """
     if config.tune == "none":
         return quantize_model(vlm, batches, config, progress, work_folder), None
+    if getattr(vlm, "streamed", None) is not None:
+        raise RequestError(
+            "--tune trains on the whole model in memory, but the blocks of this one stay on disk "
+            "(--stream). Choose --tune none, or a machine with more memory."
+        )
     used = batches if tuning_batches is None else tuning_batches
     split_batches(used)
     teacher = Teacher(_float_copy(vlm.module))

@@ -20,6 +20,7 @@ from bivlm_edge.errors import OpsLibraryError
 from bivlm_edge.export import reference, schemas
 from bivlm_edge.export.fallback import BinaryMatMulConfiguration, binary_matmul_function
 from bivlm_edge.export.fallback_attention import group_query_attention_function
+from bivlm_edge.export.fallback_gated_silu import gated_silu_function
 from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prune_function
 
 Array = NDArray[Any]
@@ -249,6 +250,11 @@ def test_library_wins_over_the_functions(
     (node,) = onnx.load(optimized).graph.node
     assert (node.domain, node.op_type) == ("ai.bivlm", "GroupQueryAttention")
 
+    x = np.ones((2, 8), dtype=np.float32)
+    model = make_model("GatedSiLU", {"X": x}, ["Y"], functions=[gated_silu_function(23)])
+    run(model, {"X": x}, library=library, optimized=optimized)
+    assert [node.op_type for node in onnx.load(optimized).graph.node] == ["GatedSiLU"]
+
     inputs, attributes = prune_case(0, "mmr")
     given: dict[str, Any] = {
         name: value is not None for name, value in inputs.items() if name != "hidden"
@@ -273,8 +279,8 @@ def _require_attention(
         scale=attributes.get("scale", 0.0),
     )
     # sums of up to 240 terms in float32; float16 rounds the output once, to 11 bits
-    tolerance = 4e-6 if inputs["query"].dtype == np.float32 else 1e-3
-    assert results[0].dtype == inputs["query"].dtype
+    tolerance = 4e-6 if inputs["qkv"].dtype == np.float32 else 1e-3
+    assert results[0].dtype == inputs["qkv"].dtype
     np.testing.assert_allclose(results[0], expected[0], rtol=tolerance, atol=tolerance)
     for found, wanted in zip(results[1:], expected[1:], strict=True):
         assert found.shape == wanted.shape
@@ -296,6 +302,24 @@ def test_attention_equals_the_reference(
     _require_attention(inputs, attributes, results)
     # new memory: nothing of what lay behind the past's tokens comes along
     assert not any(np.isnan(result).any() for result in results)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(2, 3, 34), (1, 1, 3072), (300, 200), (0, 8), (6,)])
+def test_gated_silu_equals_the_reference(
+    shape: tuple[int, ...],
+    dtype: type[Any],
+    library: str,
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    x = (4 * np.random.default_rng(0).standard_normal(shape)).astype(dtype)
+    model = make_model("GatedSiLU", {"X": x}, ["Y"])
+    (y,) = run(model, {"X": x}, library=library, threads=2)
+    expected = reference.gated_silu(x)
+    assert (y.dtype, y.shape) == (x.dtype, expected.shape)
+    tolerance = 4 * 2.0**-23 if dtype == np.float32 else 2.0**-10
+    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(12))

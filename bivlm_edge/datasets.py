@@ -5,43 +5,35 @@ Imports neither torch nor transformers: the same loaders run on a device.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import zipfile
-import zlib
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from PIL import Image
 
 from bivlm_edge.errors import DataError
+from bivlm_edge.package_files import PackageFile, archive, fetched, read_member
 from bivlm_edge.pictures import open_picture
 
 EASY_VQA_VARIABLE = "BIVLM_EASY_VQA"
-EASY_VQA_WHEEL = "easy_vqa-1.0-py3-none-any.whl"
-EASY_VQA_REQUIREMENT = "easy-vqa==1.0"
-EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
+EASY_VQA = PackageFile(
+    title="easy-VQA",
+    requirement="easy-vqa==1.0",
+    wheel="easy_vqa-1.0-py3-none-any.whl",
+    sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+    variable=EASY_VQA_VARIABLE,
+)
 _WHEEL_DATA = "easy_vqa/data"
-_FETCH_TIMEOUT_S = 600
 
 Split = Literal["train", "test"]
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 OPEN_ENDED_KINDS = frozenset({"color", "shape"})
-
-
-@lru_cache(maxsize=2)
-def _archive(path: Path) -> zipfile.ZipFile:
-    """The open archive at `path`; reading thousands of members must not reopen it each time."""
-    return zipfile.ZipFile(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +56,7 @@ class ImageSource:
         """
         if self.member is None:
             return open_picture(self.path)
-        try:
-            data = _archive(self.path).read(self.member)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{self} cannot be read: {error}. Get the archive anew.") from error
-        return open_picture(io.BytesIO(data), str(self))
+        return open_picture(io.BytesIO(read_member(self.path, self.member)), str(self))
 
     def __str__(self) -> str:
         return str(self.path) if self.member is None else f"{self.path}!{self.member}"
@@ -126,11 +114,11 @@ def load_easy_vqa(split: Split) -> list[VqaItem]:
         prefix = f"{_WHEEL_DATA}/{split}"
         origin = location / f"{prefix}/questions.json"
         try:
-            text = _archive(location).read(f"{prefix}/questions.json").decode("utf-8")
+            text = archive(location).read(f"{prefix}/questions.json").decode("utf-8")
         except (OSError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(
                 f"{location} is not the easy-VQA wheel: {error}. Set {EASY_VQA_VARIABLE} to "
-                f"{EASY_VQA_WHEEL} or to its unzipped easy_vqa/data folder."
+                f"{EASY_VQA.wheel} or to its unzipped easy_vqa/data folder."
             ) from error
     try:
         rows = json.loads(text)
@@ -146,7 +134,7 @@ def load_easy_vqa(split: Split) -> list[VqaItem]:
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{origin} is not a list of [question, answer, image number]: {error}. "
-            f"Get {EASY_VQA_REQUIREMENT} anew."
+            f"Get {EASY_VQA.requirement} anew."
         ) from error
     return items
 
@@ -215,11 +203,6 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def cache_folder() -> Path:
-    """Return the folder for what can be fetched or built again; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bivlm-edge"
-
-
 def _locate_easy_vqa() -> Path:
     """The data folder or the wheel; fetches the wheel if there is neither."""
     given = os.environ.get(EASY_VQA_VARIABLE)
@@ -227,43 +210,8 @@ def _locate_easy_vqa() -> Path:
         location = Path(given).expanduser()
         if not location.exists():
             raise DataError(
-                f"{EASY_VQA_VARIABLE}={given} does not exist. Set it to {EASY_VQA_WHEEL} or to its "
+                f"{EASY_VQA_VARIABLE}={given} does not exist. Set it to {EASY_VQA.wheel} or to its "
                 "unzipped easy_vqa/data folder, or unset it to fetch the wheel."
             )
         return location
-    wheel = cache_folder() / EASY_VQA_WHEEL
-    if not wheel.is_file():
-        _fetch_easy_vqa(wheel)
-    return wheel
-
-
-def _fetch_easy_vqa(wheel: Path) -> None:
-    """Download the wheel with pip, check its hash, and move it to `wheel` in one step."""
-    advice = (
-        f"Fetch it where there is a network with 'pip download --no-deps {EASY_VQA_REQUIREMENT}' "
-        f"and set {EASY_VQA_VARIABLE} to the file."
-    )
-    try:
-        wheel.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-            command += ["--dest", folder, EASY_VQA_REQUIREMENT]
-            result = subprocess.run(
-                command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT_S, check=False
-            )
-            fetched = Path(folder) / EASY_VQA_WHEEL
-            if result.returncode or not fetched.is_file():
-                lines = result.stderr.strip().splitlines() or ["no message"]
-                raise DataError(
-                    f"easy-VQA could not be fetched: pip exited with {result.returncode}: "
-                    f"{lines[-1]} {advice}"
-                )
-            found = hashlib.sha256(fetched.read_bytes()).hexdigest()
-            if found != EASY_VQA_SHA256:
-                raise DataError(
-                    f"the fetched {EASY_VQA_WHEEL} has SHA-256 {found}, expected "
-                    f"{EASY_VQA_SHA256}: a damaged or different file, not kept. {advice}"
-                )
-            fetched.replace(wheel)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DataError(f"easy-VQA could not be fetched: {error}. {advice}") from error
+    return fetched(EASY_VQA)

@@ -14,8 +14,6 @@ from bivlm_edge.export.parts import kv_geometry
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.families import mean_color
 
-DEFAULT_NEW_TOKENS = 64
-
 
 def write_assets(vlm: VisionLanguageModel, folder: Path) -> None:
     """Write tokenizer and chat template.
@@ -38,10 +36,6 @@ def write_manifest(
 ) -> None:
     """Write the manifest for the graph, data and assets that lie at `paths`."""
     layers, kv_heads, head_dim = kv_geometry(vlm)
-    generation = vlm.module.generation_config
-    eos = generation.eos_token_id
-    eos = eos if eos is not None else vlm.tokenizer.eos_token_id
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
     manifest = Manifest(
         version=bundle.BUNDLE_VERSION,
         name=vlm.name,
@@ -66,8 +60,8 @@ def write_manifest(
         bos_token_id=vlm.prepended_bos,
         bos_token=vlm.tokenizer.bos_token or "",
         eos_token=vlm.tokenizer.eos_token or "",
-        eos_token_ids=eos_ids,
-        max_new_tokens=int(generation.max_new_tokens or DEFAULT_NEW_TOKENS),
+        eos_token_ids=vlm.end_token_ids,
+        max_new_tokens=vlm.max_new_tokens,
         image=image_spec(vlm),
         image_prompt=vlm.image_prompt,
         uses_custom_ops=uses_custom_ops,

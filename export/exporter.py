@@ -31,8 +31,9 @@ from bivlm_edge.export.graph import GraphOptions, join_parts
 from bivlm_edge.export.validate import Sample, validate, ways_to_run
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
-from bivlm_edge.quant.vocabulary import quantize_table
+from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.quant.weights import GroupWeight
+from bivlm_edge.tuning import TuningReport, quantize_and_tune
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def export_model(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    work_folder: Path | None = None,
 ) -> ExportResult:
     """Quantize a checkpoint and write it as one ONNX model.
 
@@ -90,6 +92,7 @@ def export_model(
         config: Options.
         overwrite: Replace what is there.
         progress: Called with (what runs, steps done, steps in all).
+        work_folder: Where quantization keeps what is finished, see `quantize_model`.
 
     Raises:
         OutputError: The target exists, is not writable, or the disk is full.
@@ -102,14 +105,15 @@ def export_model(
     custom_ops_library()  # validation needs it: better missed now than after quantizing
     tell = progress or _tell_nobody
     started = time.perf_counter()
-    quantized = _quantize(vlm, items, config.quant, tell)
+    quantized, tuning = _quantize(vlm, items, config.quant, tell, work_folder)
     vocabulary = _quantize_vocabulary(vlm, quantized)
     quantized.skipped.update(tables_in_float(vlm, vocabulary.table))
     dtype = torch.float16 if config.dtype == "fp16" else torch.float32
     weights = {**quantized.weights, **vocabulary.head}
     parameters = count_parameters(vlm.module)
     with staging(paths, overwrite=overwrite) as staged:
-        with parts.installed(vlm, weights, dtype):
+        paused = vlm.streamed.paused() if vlm.streamed else contextlib.nullcontext()
+        with parts.installed(vlm, weights, dtype), paused:
             written = write_bundle(vlm, vocabulary.table, staged, dtype, config, tell)
         tell("validating", 0, 1)
         samples = _validation_samples(vlm, items)
@@ -118,6 +122,7 @@ def export_model(
         report = build_report(
             vlm, quantized, written.account, comparisons, staged, config, parameters
         )
+        report["tuning"] = None if tuning is None else tuning.to_json()
         report["seconds"] = round(time.perf_counter() - started, 1)
         assets.write_report(report, staged.assets, paths.graph.name)
     return ExportResult(paths, report)
@@ -194,11 +199,12 @@ def _quantize(
     items: Sequence[VqaItem],
     options: QuantConfig,
     tell: Progress,
-) -> QuantizedModel:
+    work_folder: Path | None,
+) -> tuple[QuantizedModel, TuningReport | None]:
     if options.method == "none":
-        return quantize_model(vlm, [], options)
+        return quantize_model(vlm, [], options), None
     batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
-    return quantize_model(vlm, batches, options, tell)
+    return quantize_and_tune(vlm, batches, options, tell, work_folder)
 
 
 def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) -> Vocabulary:
@@ -212,16 +218,12 @@ def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) ->
     name = next(name for name, module in vlm.module.named_modules() if module is head)
     if not quantized.weights:
         return Vocabulary(table.weight.numpy(), {})
-    is_tied = head.weight is table.weight
-    table_weight = quantize_table(table.weight.numpy())
-    head_weight = table_weight if is_tied else quantize_table(head.weight.numpy())
-    if table_weight is None or head_weight is None:
+    rounded = round_vocabulary(vlm.module)
+    if rounded is None:
         quantized.skipped[name] = "vocabulary: its width is not a multiple of 16; kept in float"
         return Vocabulary(table.weight.numpy(), {})
     quantized.skipped[name] = VOCABULARY_NOTE
-    with torch.no_grad():
-        table.weight.copy_(torch.from_numpy(table_weight.dequantize()))
-        head.weight.copy_(torch.from_numpy(head_weight.dequantize()))
+    table_weight, head_weight = rounded
     return Vocabulary(table_weight, {name: head_weight})
 
 

@@ -137,32 +137,16 @@ class TorchOracle:
         embed = self._vlm.module.get_input_embeddings()
         logits = []
         for step, token in enumerate(tokens):
-            logits.append(self._step(hidden, positions, cache)[0].numpy())
+            logits.append(self._vlm.decode(hidden, positions, cache)[0, -1].numpy())
             hidden = embed(torch.tensor([[token]]))
             positions = sample.following(step)
         return np.stack(logits)
 
-    def _step(self, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """Return the logits ``(1, vocab)`` of the last token and let the cache grow."""
-        new, seen = hidden.shape[1], cache.get_seq_length()
-        mask = torch.arange(seen + new)[None] <= torch.arange(seen, seen + new)[:, None]
-        output = self._vlm.decoder(
-            inputs_embeds=hidden,
-            position_ids=positions,
-            past_key_values=cache,
-            attention_mask=mask[None, None],
-            use_cache=True,
-        )
-        head = self._vlm.module.get_output_embeddings()
-        return cast("Tensor", head(output.last_hidden_state[:, -1]))
-
     def _merge(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
         """Return embeddings with the picture in them, where it is, and its features."""
-        embeddings = self._vlm.module.get_input_embeddings()(sample.input_ids)
-        is_image = sample.input_ids == self._vlm.image_token_id
         features = self._vlm.image_features(sample.pixel_values)
-        rows = features.reshape(-1, features.shape[-1])
-        return embeddings.masked_scatter(is_image[..., None], rows), is_image, features
+        merged = self._vlm.embed(sample.input_ids, features)
+        return merged, sample.input_ids == self._vlm.image_token_id, features
 
 
 class OnnxRunner:

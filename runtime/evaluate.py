@@ -52,21 +52,46 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What an evaluation found.
+class Scores:
+    """How many questions were answered exactly, stripped and in lower case.
 
     Attributes:
         overall: All questions.
         open_ended: Those whose answer is one of many words (shape, color); None if there are none.
         per_kind: By kind of question, in alphabetical order.
-        seconds: Time of all answers, loading the model left out.
-        kept_tokens: Mean tokens of a prompt that reached the decoder.
-        prompt_tokens: Mean tokens of a prompt before pruning.
     """
 
     overall: Score
     open_ended: Score | None
     per_kind: dict[str, Score]
+
+    @classmethod
+    def of(cls, answered: Sequence[tuple[VqaItem, str]]) -> Scores:
+        """Compare at least one question's expected answer with the one given."""
+        hits: dict[str, list[bool]] = defaultdict(list)
+        open_ended: list[bool] = []
+        for item, text in answered:
+            is_hit = _normalized(text) == _normalized(item.answer)
+            hits[item.kind].append(is_hit)
+            if item.is_open_ended:
+                open_ended.append(is_hit)
+        return cls(
+            overall=Score.of(sum(map(sum, hits.values())), len(answered)),
+            open_ended=Score.of(sum(open_ended), len(open_ended)) if open_ended else None,
+            per_kind={kind: Score.of(sum(hits[kind]), len(hits[kind])) for kind in sorted(hits)},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation(Scores):
+    """What an evaluation found: the scores and what they cost.
+
+    Attributes:
+        seconds: Time of all answers, loading the model left out.
+        kept_tokens: Mean tokens of a prompt that reached the decoder.
+        prompt_tokens: Mean tokens of a prompt before pruning.
+    """
+
     seconds: float
     kept_tokens: float
     prompt_tokens: float
@@ -98,9 +123,8 @@ def evaluate(
     by_image: dict[ImageSource, list[VqaItem]] = defaultdict(list)
     for item in items:
         by_image[item.image].append(item)
-    hits: dict[str, list[bool]] = defaultdict(list)
-    open_ended: list[bool] = []
-    kept = given = done = 0
+    answered: list[tuple[VqaItem, str]] = []
+    kept = given = 0
     start = time.perf_counter()
     for source, questions in by_image.items():
         picture = answerer.picture(source.open())
@@ -108,22 +132,19 @@ def evaluate(
             text, generation_kept, generation_given = _answer(
                 answerer, item.question, picture, max_new_tokens
             )
-            is_hit = _normalized(text) == _normalized(item.answer)
-            hits[item.kind].append(is_hit)
-            if item.is_open_ended:
-                open_ended.append(is_hit)
+            answered.append((item, text))
             kept += generation_kept
             given += generation_given
-            done += 1
             if on_progress is not None:
-                on_progress(done)
+                on_progress(len(answered))
+    scores = Scores.of(answered)
     return Evaluation(
-        overall=Score.of(sum(map(sum, hits.values())), done),
-        open_ended=Score.of(sum(open_ended), len(open_ended)) if open_ended else None,
-        per_kind={kind: Score.of(sum(hits[kind]), len(hits[kind])) for kind in sorted(hits)},
+        overall=scores.overall,
+        open_ended=scores.open_ended,
+        per_kind=scores.per_kind,
         seconds=time.perf_counter() - start,
-        kept_tokens=kept / done,
-        prompt_tokens=given / done,
+        kept_tokens=kept / len(answered),
+        prompt_tokens=given / len(answered),
     )
 
 

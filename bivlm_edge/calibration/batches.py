@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from bivlm_edge.calibration.capture import LABELS
 from bivlm_edge.datasets import ImageSource, VqaItem, load_jsonl
 from bivlm_edge.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 DEFAULT_QUESTION = "Describe this image."
@@ -38,12 +41,18 @@ def make_batches(
     Args:
         prepare: `VisionLanguageModel.prepare`: image, question and answer to a batch of one.
         items: What to draw from, without replacement; an empty answer means none is known.
-        samples: How many to draw; all if there are fewer.
+        samples: How many to draw; all, with a log line, if there are fewer.
         seed: The same seed draws the same samples.
         batch_size: Largest number of samples in a batch.
     """
     if not items:
         raise DataError("there are no calibration samples. Give at least one image.")
+    if len(items) < samples:
+        logger.warning(
+            "the calibration data hold %d samples, fewer than the %d asked for; all are used",
+            len(items),
+            samples,
+        )
     drawn = random.Random(seed).sample(range(len(items)), min(samples, len(items)))
     by_shape: dict[tuple[object, ...], list[dict[str, Tensor]]] = {}
     for index in drawn:

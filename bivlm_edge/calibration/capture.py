@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bivlm_edge.calibration.moments import InputStatistics, StatisticsCollector
-from bivlm_edge.errors import UnsupportedModelError
+from bivlm_edge.errors import DataError, UnsupportedModelError
 
 Batch = Mapping[str, Tensor]
 TokenWeights = Mapping[str, Sequence[Tensor]]
@@ -49,7 +49,7 @@ class LayerGroup:
 
 
 @dataclass(slots=True)
-class _Call:
+class Call:
     """One block's arguments for one batch; the hidden states are exchanged from block to block."""
 
     args: tuple[Any, ...]
@@ -57,6 +57,7 @@ class _Call:
 
     @property
     def hidden(self) -> Tensor:
+        """The hidden states that the block takes."""
         value = self.args[0] if self.args else self.kwargs.get("hidden_states")
         if not isinstance(value, Tensor):
             raise UnsupportedModelError(
@@ -66,18 +67,64 @@ class _Call:
         return value
 
     def run(self, block: nn.Module) -> Tensor:
+        """Return the hidden states that the block makes of them."""
         output = block(*self.args, **self.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
     def replace_hidden(self, hidden: Tensor) -> None:
+        """Exchange the hidden states, all other arguments stay."""
         if self.args:
             self.args = (hidden, *self.args[1:])
         else:
             self.kwargs["hidden_states"] = hidden
 
 
-class _Stopped(Exception):  # noqa: N818 - control flow, not an error
+class Weighting(Protocol):
+    """Tells how much each token counts in the statistics of each layer, block by block."""
+
+    def weigh(
+        self, part: str, name: str, block: nn.Module, calls: Sequence[Call]
+    ) -> Mapping[str, Sequence[Tensor]]:
+        """Weigh the input rows of a block's layers before any layer in it is changed.
+
+        Called once per block, in order of execution; the blocks before it compute what their
+        quantized layers do, and so the hidden states of `calls` are those of the quantized model.
+
+        Args:
+            part: Name of the block sequence.
+            name: Dotted name of the block in the whole model.
+            block: The block with float weights; to be left as it is.
+            calls: Its arguments, one per batch; to be left as they are.
+
+        Returns:
+            Dotted layer name in the whole model -> per batch float (rows,), the weight of each
+            input row. Rows of a layer that is missing weigh alike.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class FixedWeights:
+    """Token weights that were found beforehand, for the whole model.
+
+    Attributes:
+        weights: Dotted layer name -> per batch float (rows,).
+    """
+
+    weights: TokenWeights
+
+    def weigh(
+        self,
+        part: str,  # noqa: ARG002 - see Weighting
+        name: str,  # noqa: ARG002
+        block: nn.Module,  # noqa: ARG002
+        calls: Sequence[Call],  # noqa: ARG002
+    ) -> TokenWeights:
+        """Return all weights, whichever block it is."""
+        return self.weights
+
+
+class Stopped(Exception):  # noqa: N818 - control flow, not an error
     """Everything wanted of this forward pass has been seen."""
 
 
@@ -85,7 +132,9 @@ def walk(
     module: nn.Module,
     sequences: Sequence[Blocks],
     batches: Sequence[Batch],
-    token_weights: TokenWeights | None = None,
+    weighting: Weighting | None = None,
+    restore: Callable[[Mapping[str, nn.Linear]], bool] | None = None,
+    held: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> Iterator[LayerGroup]:
     """Yield the groups of linear layers in order of execution, each with fresh statistics.
 
@@ -98,35 +147,59 @@ def walk(
         module: The whole model; called as `module(**batch)`.
         sequences: Block sequences in order of execution.
         batches: Arguments of the model; "labels" is left out.
-        token_weights: Weight of every input row of a layer in its statistics, by dotted name of
-            the layer, one 1-D tensor per batch; None weighs all rows alike.
+        weighting: Gives the weight of every input row of a layer in its statistics; None weighs
+            all rows alike.
+        restore: Called with the layers of every group before anything is measured; true if their
+            final weights were known and are in place now, so that the group is not yielded.
+        held: Called with a block's name; the block's weights are in memory inside what it returns
+            (`models.streaming`). None: they always are.
+
+    Raises:
+        DataError: The input of a layer is not finite; the message names layer and batch.
     """
     for sequence in sequences:
         if not sequence.blocks:
             continue
-        calls = [_capture(module, sequence.blocks[0][1], batch) for batch in batches]
-        for number, (name, block) in enumerate(sequence.blocks):
-            prefix = f"{name}." if name else ""
-            for layers in _shared_inputs(block, calls[0]):
-                named = {prefix + local: layer for local, layer in layers.items()}
-                inputs, weighted = _collect(block, calls, named, token_weights or {})
-                yield LayerGroup(sequence.name, named, inputs, weighted)
-            if number + 1 < len(sequence.blocks):
-                _advance(block, calls)
+        calls = [capture(module, sequence.blocks[0][1], batch) for batch in batches]
+        last = sequence.blocks[-1][0]
+        for name, block in sequence.blocks:
+            with held(name) if held else nullcontext():
+                yield from _walk_block(sequence.name, name, block, calls, weighting, restore)
+                if name != last:
+                    advance(block, calls)
+
+
+def _walk_block(
+    part: str,
+    name: str,
+    block: nn.Module,
+    calls: Sequence[Call],
+    weighting: Weighting | None,
+    restore: Callable[[Mapping[str, nn.Linear]], bool] | None,
+) -> Iterator[LayerGroup]:
+    """Yield the groups of one block; see `walk`."""
+    prefix = f"{name}." if name else ""
+    weights = weighting.weigh(part, name, block, calls) if weighting else {}
+    for layers in _shared_inputs(block, calls[0]):
+        named = {prefix + local: layer for local, layer in layers.items()}
+        if restore is not None and restore(named):
+            continue
+        inputs, weighted = _collect(block, calls, named, weights)
+        yield LayerGroup(part, named, inputs, weighted)
 
 
 @torch.no_grad()
-def _capture(module: nn.Module, block: nn.Module, batch: Batch) -> _Call:
+def capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
     """The arguments with which the model calls `block`; nothing behind it runs."""
-    captured: list[_Call] = []
+    captured: list[Call] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.append(_Call(args, dict(kwargs)))
-        raise _Stopped
+        captured.append(Call(args, dict(kwargs)))
+        raise Stopped
 
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    handle = block.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        with suppress(_Stopped):
+        with suppress(Stopped):
             module(**{key: value for key, value in batch.items() if key != LABELS})
     finally:
         handle.remove()
@@ -145,7 +218,7 @@ def _capture(module: nn.Module, block: nn.Module, batch: Batch) -> _Call:
 
 
 @torch.no_grad()
-def _shared_inputs(block: nn.Module, call: _Call) -> list[dict[str, nn.Linear]]:
+def _shared_inputs(block: nn.Module, call: Call) -> list[dict[str, nn.Linear]]:
     """The block's linear layers in order of execution, those with the same input together."""
     groups: dict[int, dict[str, nn.Linear]] = {}
     seen: set[str] = set()
@@ -176,7 +249,7 @@ def _shared_inputs(block: nn.Module, call: _Call) -> list[dict[str, nn.Linear]]:
 @torch.no_grad()
 def _collect(
     block: nn.Module,
-    calls: Sequence[_Call],
+    calls: Sequence[Call],
     layers: Mapping[str, nn.Linear],
     token_weights: TokenWeights,
 ) -> tuple[InputStatistics, dict[str, InputStatistics]]:
@@ -195,24 +268,41 @@ def _collect(
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].reshape(-1, first.in_features)
+        _check_finite(rows, next(iter(layers)), current)
         plain.add(rows, current)
         for name, collector in weighted.items():
             collector.add(rows, current, token_weights[name][current])
-        raise _Stopped
+        raise Stopped
 
     handle = first.register_forward_pre_hook(hook)
     try:
         for number, call in enumerate(calls):
             current = number
-            with suppress(_Stopped):
+            with suppress(Stopped):
                 call.run(block)
     finally:
         handle.remove()
-    return plain.finish(), {name: collector.finish() for name, collector in weighted.items()}
+    statistics = plain.finish()
+    if not bool(torch.isfinite(statistics.fit.hessian).all()):
+        raise DataError(
+            f"the squares of the inputs of '{next(iter(layers))}' exceed what float32 holds. "
+            "Check the checkpoint: activations above 1e19 come from broken weights."
+        )
+    return statistics, {name: collector.finish() for name, collector in weighted.items()}
+
+
+def _check_finite(rows: Tensor, name: str, batch: int) -> None:
+    bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+    if bad:
+        raise DataError(
+            f"calibration batch {batch} makes NaN or infinity in the input of '{name}' "
+            f"({bad} of {len(rows)} tokens). Check the samples of this batch, and that the "
+            "checkpoint's layers before this one are sound."
+        )
 
 
 @torch.no_grad()
-def _advance(block: nn.Module, calls: Sequence[_Call]) -> None:
+def advance(block: nn.Module, calls: Sequence[Call]) -> None:
     """Replace each call's hidden states by the block's output."""
     for call in calls:
         call.replace_hidden(call.run(block))

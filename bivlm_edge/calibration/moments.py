@@ -82,7 +82,12 @@ class StatisticsCollector:
         (self._held_out if held_out else self._fit).add(rows, weights)
 
     def finish(self) -> InputStatistics:
-        """The averages of everything that was added."""
+        """The averages of everything that was added.
+
+        Rows that only held-out batches had are fitted: there is nothing else to fit.
+        """
+        if not self._fit.rows:
+            return InputStatistics(self._held_out.finish(), None)
         held_out = self._held_out.finish() if self._held_out.rows else None
         return InputStatistics(self._fit.finish(), held_out)
 

@@ -17,16 +17,21 @@ from bivlm_edge.cli.common import (
     progress_by_name,
     show,
     show_json,
+    split_names,
 )
 from bivlm_edge.config import (
     DTYPES,
     FALLBACKS,
+    GRIDS,
     METHODS,
     PRUNE_MODES,
+    STAGES,
+    TUNINGS,
     ExportConfig,
     PruneConfig,
     QuantConfig,
 )
+from bivlm_edge.quant import methods
 from bivlm_edge.report import export_tables
 
 EXIT_TERMINATED = 143
@@ -53,8 +58,43 @@ def export(
     method: Annotated[str, typer.Option("--method", help=_choices(METHODS))] = "bivlm-edge",
     bits: Annotated[
         float,
-        typer.Option("--bits", help="True bits per weight, all scales and padding counted."),
+        typer.Option(
+            "--bits",
+            help="True bits per weight, all scales and padding counted; gptq and rtn: bits of a "
+            "code (2, 4 or 8).",
+        ),
     ] = 2.0,
+    grid: Annotated[
+        str,
+        typer.Option("--grid", help=f"gptq: levels per group or per row: {_choices(GRIDS)}"),
+    ] = "minmax",
+    n_uns: Annotated[
+        int, typer.Option("--n-uns", help="bivlm-paper: unsalient groups, 1 to 6.")
+    ] = 5,
+    paper_exact: Annotated[
+        bool,
+        typer.Option(
+            "--paper-exact", help="bivlm-paper: salient codes by equation 14 as it is printed."
+        ),
+    ] = False,
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            "--importance",
+            help="How much each token counts in calibration: none (all alike), vlmq (error of each "
+            "attention block), loss (the answer).",
+            show_default="loss with bivlm-edge, else none",
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            help=f"Stages of bivlm-edge to switch off, with commas or repeated: {_choices(STAGES)}",
+            show_default="none",
+            metavar="STAGE",
+        ),
+    ] = None,
     keep_tokens: Annotated[
         float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
     ] = 1.0,
@@ -71,6 +111,30 @@ def export(
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", help="Pictures to calibrate on.")
     ] = 512,
+    tune: Annotated[
+        str,
+        typer.Option(
+            "--tune",
+            help="Train coefficients, norms and biases on the calibration pictures towards the "
+            f"float model: {_choices(TUNINGS)}",
+        ),
+    ] = "none",
+    tune_signs: Annotated[
+        bool, typer.Option("--tune-signs", help="Train the signs as well, with --tune.")
+    ] = False,
+    tune_epochs: Annotated[
+        int, typer.Option("--tune-epochs", help="Passes per block, with --tune blocks or both.")
+    ] = 2,
+    tune_steps: Annotated[
+        int,
+        typer.Option(
+            "--tune-steps",
+            help="Steps of up to four batches, with --tune end-to-end or both.",
+        ),
+    ] = 200,
+    tune_rate: Annotated[
+        float, typer.Option("--tune-rate", help="Factor on the learning rates, with --tune.")
+    ] = 1.0,
     dtype: Annotated[
         str, typer.Option("--dtype", help=f"Activations and KV cache: {_choices(DTYPES)}")
     ] = "fp32",
@@ -82,6 +146,22 @@ def export(
     ] = "nbits",
     opset: Annotated[int, typer.Option("--opset", help="Version of the standard operators.")] = 23,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    work_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--work-folder",
+            help="Folder that keeps each finished layer: the same command started again goes on "
+            "there, with the same result.",
+        ),
+    ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Leave the float weights of blocks on disk until they are used.",
+            show_default="if they exceed half of the available memory",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing export.")
     ] = False,
@@ -97,15 +177,26 @@ def export(
       bivlm-export model.onnx
       bivlm-export small.onnx --bits 1.5 --keep-tokens 0.25
       bivlm-export smolvlm.onnx --model ./SmolVLM-256M-Instruct --calibration ./pictures
+      bivlm-export tuned.onnx --bits 1.25 --tune both
       bivlm-export float.onnx --method none
     """
     # Options are checked before torch loads: a wrong one answers at once.
     config = ExportConfig(
         quant=QuantConfig(
-            method=method,  # type: ignore[arg-type]  # checked by QuantConfig
+            method=method,
             bits=bits,
             seed=seed,
             calibration_samples=calibration_samples,
+            grid=grid,  # type: ignore[arg-type]  # checked by QuantConfig
+            n_uns=n_uns,
+            paper_exact=paper_exact,
+            importance=importance,
+            without=split_names(without or ()),
+            tune=tune,  # type: ignore[arg-type]  # checked by QuantConfig
+            tune_signs=tune_signs,
+            tune_epochs=tune_epochs,
+            tune_steps=tune_steps,
+            tune_rate=tune_rate,
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]
@@ -123,7 +214,7 @@ def export(
     check_target(target, overwrite=overwrite)
     # SIGTERM unwinds like an interrupt, so that no half-written folder stays behind
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
-    if model is not None and calibration is None and method not in ("none", "rtn", "nbits4"):
+    if model is not None and calibration is None and _calibrates(method):
         typer.echo(
             "bivlm-export: calibrating on the bundled easy-VQA pictures (64x64 shapes). Pictures "
             "like those the model will see serve it better: --calibration FOLDER.",
@@ -132,12 +223,24 @@ def export(
     logging.disable_progress_bar()  # one bar is enough
     with progress_by_name() as tell:
         items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
-        vlm = load_checkpoint(model or checkpoint_path())
-        result = export_model(vlm, items, target, config, overwrite=overwrite, progress=tell)
+        vlm = load_checkpoint(model or checkpoint_path(), stream=stream or None)
+        result = export_model(
+            vlm,
+            items,
+            target,
+            config,
+            overwrite=overwrite,
+            progress=tell,
+            work_folder=work_folder,
+        )
     if as_json:
         show_json(_summary(target, result.report))
         return
     show(*export_tables(target.name, result.report))
+
+
+def _calibrates(method: str) -> bool:
+    return method != "none" and "hessian" in methods.declaration(method).needs
 
 
 def _summary(target: Path, report: dict[str, Any]) -> dict[str, Any]:

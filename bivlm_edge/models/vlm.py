@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from bivlm_edge.errors import CheckpointError, DataError, UnsupportedModelError
 from bivlm_edge.models import families
+from bivlm_edge.models.streaming import StreamedBlocks, load_weights
 from bivlm_edge.positions import position_rows
+
+DEFAULT_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class VisionLanguageModel:
         tokenizer: Its tokenizer.
         image_processor: Its image processor (PIL backend).
         chat_template: Jinja text.
+        streamed: Reads the blocks of a model whose float weights stay on disk, or None.
     """
 
     name: str
@@ -53,6 +58,7 @@ class VisionLanguageModel:
     tokenizer: Any
     image_processor: Any
     chat_template: str
+    streamed: StreamedBlocks | None = None
 
     @property
     def decoder(self) -> nn.Module:
@@ -152,6 +158,18 @@ class VisionLanguageModel:
         bos = self.tokenizer.bos_token_id
         return None if bos is None or ids[0] != bos else int(bos)
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        end = self.module.generation_config.eos_token_id
+        end = end if end is not None else self.tokenizer.eos_token_id
+        return tuple(end) if isinstance(end, list) else () if end is None else (int(end),)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer, unless told otherwise."""
+        return int(self.module.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS)
+
     def pixels(self, image: Image.Image) -> NDArray[np.float32]:
         """Return float32 ``(3, H, W)`` of a picture."""
         return self.family.pixels(self.image_processor, image.convert("RGB"))
@@ -166,6 +184,43 @@ class VisionLanguageModel:
         ids = np.asarray(token_ids, np.int64)
         rows, following = position_rows(ids, 0, self.image_token_id, self.image_grid)
         return torch.from_numpy(rows), following
+
+    def embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        """Return the decoder's inputs, image features in place of their placeholders.
+
+        Args:
+            input_ids: int64 ``(B, S)``.
+            features: float ``(images, image_tokens, hidden)``, in the order of the placeholders.
+
+        Returns:
+            float ``(B, S, hidden)``.
+        """
+        embeddings: Tensor = self.module.get_input_embeddings()(input_ids)
+        is_image = (input_ids == self.image_token_id)[..., None]
+        return embeddings.masked_scatter(is_image, features.reshape(-1, features.shape[-1]))
+
+    def decode(self, embeddings: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Return the logits of tokens behind `cache`, which grows by them.
+
+        Args:
+            embeddings: float ``(B, S, hidden)``.
+            positions: int64 ``(B, S)``, or ``(3, B, S)`` (M-RoPE).
+            cache: Keys and values of what came before.
+
+        Returns:
+            float ``(B, S, vocab)``.
+        """
+        new, seen = embeddings.shape[1], cache.get_seq_length()
+        mask = torch.arange(seen + new)[None] <= torch.arange(seen, seen + new)[:, None]
+        output = self.decoder(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            past_key_values=cache,
+            attention_mask=mask[None, None],
+            use_cache=True,
+        )
+        logits: Tensor = self.module.get_output_embeddings()(output.last_hidden_state)
+        return logits
 
     def prepare(
         self, image: Image.Image | None, question: str, answer: str | None = None
@@ -184,11 +239,13 @@ class VisionLanguageModel:
         return inputs
 
 
-def load_checkpoint(source: str | Path) -> VisionLanguageModel:
+def load_checkpoint(source: str | Path, stream: bool | None = None) -> VisionLanguageModel:
     """Open a checkpoint of a supported family.
 
     Args:
         source: A local folder, or the hub id of a model that `transformers` can fetch.
+        stream: Whether the float weights of blocks stay on disk; None: if the float weights exceed
+            half of the available memory.
 
     Raises:
         CheckpointError: Nothing loadable is there.
@@ -200,7 +257,7 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
             f"'{source}' holds no config.json. Give a folder that save_pretrained() wrote, "
             "or a hub id such as 'HuggingFaceTB/SmolVLM-256M-Instruct'."
         )
-    config = _load(source, "configuration", transformers.AutoConfig.from_pretrained)
+    config = load_part(source, "configuration", transformers.AutoConfig.from_pretrained)
     family = families.FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(
@@ -208,25 +265,22 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
             f"Supported: {', '.join(sorted(families.FAMILIES))}."
         )
     family.check(config)
-    module, loading = _load(
-        source,
-        "weights",
-        transformers.AutoModelForImageTextToText.from_pretrained,
-        {
-            "dtype": torch.float32,
-            "attn_implementation": "sdpa",
-            "use_safetensors": True,
-            "output_loading_info": True,
-        },
+    options = {
+        "dtype": torch.float32,
+        "attn_implementation": "sdpa",
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    loader = transformers.AutoModelForImageTextToText
+    module, loading, streamed = load_weights(
+        lambda more: load_part(source, "weights", loader.from_pretrained, {**options, **more}),
+        lambda: loader.from_config(config),
+        lambda skeleton: (block for _, part in family.blocks(skeleton) for block in part),
+        stream,
     )
-    absent = [*loading["missing_keys"], *loading["mismatched_keys"]]
-    if absent:
-        raise CheckpointError(
-            f"'{source}' lacks {len(absent)} weights or has them in another shape, the first is "
-            f"{absent[0]}. transformers would draw them at random; give the complete checkpoint."
-        )
-    tokenizer = _load(source, "tokenizer", transformers.AutoTokenizer.from_pretrained)
-    image_processor = _load(
+    require_all_weights(source, loading)
+    tokenizer = load_part(source, "tokenizer", transformers.AutoTokenizer.from_pretrained)
+    image_processor = load_part(
         source,
         "image processor",
         transformers.AutoImageProcessor.from_pretrained,
@@ -242,6 +296,7 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
         chat_template=_chat_template(
             source, tokenizer, tokenizer.convert_ids_to_tokens(config.image_token_id)
         ),
+        streamed=streamed,
     )
 
 
@@ -262,7 +317,17 @@ def _chat_template(source: str, tokenizer: Any, image_token: str) -> str:
     )
 
 
-def _load(
+def require_all_weights(source: str, loading: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights; `loading` is the loading_info of transformers."""
+    absent = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    if absent:
+        raise CheckpointError(
+            f"'{source}' lacks {len(absent)} weights or has them in another shape, the first is "
+            f"{absent[0]}. transformers would draw them at random; give the complete checkpoint."
+        )
+
+
+def load_part(
     source: str,
     what: str,
     loader: Callable[..., Any],

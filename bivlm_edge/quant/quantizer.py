@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import Batch, Blocks, LayerGroup, TokenWeights, walk
+from bivlm_edge.calibration.capture import Batch, Blocks, FixedWeights, LayerGroup, Weighting, walk
 from bivlm_edge.calibration.importance import token_importance
 from bivlm_edge.calibration.moments import Moments
+from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
 from bivlm_edge.config import QuantConfig
-from bivlm_edge.errors import RequestError
-from bivlm_edge.quant import bivlm_edge, bivlm_paper, gptq, rtn
+from bivlm_edge.errors import CheckpointError, RequestError
+from bivlm_edge.quant import methods
 from bivlm_edge.quant.allocation import Plan, allocate, group_plans
 from bivlm_edge.quant.linalg import output_energy
 from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight, can_stack
 from bivlm_edge.quant.transform import CalibratedLayer
-from bivlm_edge.quant.weights import QuantizedWeight
+from bivlm_edge.quant.weights import DenseWeight, QuantizedWeight
+from bivlm_edge.quant.work_folder import WorkFolder, describe_run, pack_weight, unpack_weight
 
-NBITS4_GROUP = 32
+if TYPE_CHECKING:
+    from bivlm_edge.models.streaming import StreamedBlocks
 
-LayerMethod = Callable[[Tensor, Tensor, LayerOptions], QuantizedWeight]
+_CONSTANT = 2.0**-14  # 1 % of it, the damping, is above the 2^-24 by which float32 products err
+
 Progress = Callable[[str, int, int], None]
-
-BASELINES: dict[str, LayerMethod] = {
-    "bivlm-paper": bivlm_paper.quantize,
-    "gptq": gptq.quantize,
-    "rtn": rtn.quantize,
-    "nbits4": rtn.quantize,
-}
 
 
 class QuantizableModel(Protocol):
@@ -88,12 +88,14 @@ class QuantizedModel:
         stacked: Names of layers with the same input whose weights become one in the graph: signs
             and order of the columns are stored once.
         skipped: Dotted name of every other nn.Linear -> why it stays as it is.
+        modalities: Dotted name -> mean weights of text and image tokens, with importance `vlmq`.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     stacked: list[tuple[str, ...]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    modalities: dict[str, ModalityWeights] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +117,7 @@ def quantize_model(
     batches: Sequence[Batch],
     config: QuantConfig,
     progress: Progress | None = None,
+    work_folder: Path | None = None,
 ) -> QuantizedModel:
     """Quantize the linear layers of all blocks, each on the inputs that quantized ones produce.
 
@@ -126,37 +129,68 @@ def quantize_model(
         batches: Calibration inputs, at least one.
         config: Method, bits and seed.
         progress: Called with a layer's name, the layers done and the layers in all.
+        work_folder: Where to keep what is finished. Called again with the same model, batches and
+            config, everything found there is taken over, and the result is the same bit by bit.
 
     Raises:
-        RequestError: no batches, or the budget is below one plane per layer.
+        RequestError: no batches, the budget is below one plane per layer, or the work folder
+            belongs to another run.
+        CheckpointError: a weight holds NaN or infinity.
+        DataError: the calibration data make NaN or infinity in a layer's input.
+        OutputError: the work folder cannot be written.
     """
     result = QuantizedModel(skipped=skipped_layers(vlm, config.method))
     if config.method == "none":
         return result
     if not batches:
         raise RequestError("there are no calibration batches. Give at least one.")
+    streamed: StreamedBlocks | None = getattr(vlm, "streamed", None)
+    held = streamed.held if streamed else None
+    work = _open_work_folder(work_folder, vlm.module, streamed, batches, config)
+    _check_weights(vlm.module, streamed, result.skipped)
     sequences = vlm.block_sequences()
     total = len(linear_layers(vlm.module)) - len(result.skipped)
-    importance: TokenWeights | None = None
+    weighting: Weighting | None = None
     plans: Mapping[str, Plan] = {}
-    if config.method == "bivlm-edge":
-        importance = token_importance(vlm.module, sequences, batches, config.seed)
-        groups = walk(vlm.module, sequences, batches, importance)
-        plans = _divide_budget(groups, result.skipped, config)
-    for group in walk(vlm.module, sequences, batches, importance):
+    if config.token_weights == "loss":
+        with streamed.recomputing() if streamed else nullcontext():
+            weighting = _fixed_weights(vlm, sequences, batches, config, work)
+    needs = methods.declaration(config.method).needs
+    if "budget" in needs and "model-budget" not in config.without:
+        walk_once = partial(walk, vlm.module, sequences, batches, weighting, held=held)
+        plans = _plan(walk_once, result.skipped, config, work)
+    if config.token_weights == "vlmq":
+        weighting = VlmqWeighting(
+            vlm.module, sequences, batches, _vision_rows(vlm.module, batches), result.modalities
+        )
+
+    def restore(layers: Mapping[str, nn.Linear]) -> bool:
+        names = [name for name in layers if name not in result.skipped]
+        if names and not _restore_group(names, layers, result, work):
+            return False
+        finish(names, layers)
+        return True
+
+    def finish(names: Sequence[str], layers: Mapping[str, nn.Linear]) -> None:
+        _note_stacked(names, result)
+        if streamed:
+            for name in names:
+                streamed.keep(name, result.weights[name], layers[name].bias)
+
+    for group in walk(vlm.module, sequences, batches, weighting, restore, held):
         names = [name for name in group.layers if name not in result.skipped]
-        if not names:
-            continue
         if progress is not None:
             for done, name in enumerate(names, start=len(result.weights)):
                 progress(name, done, total)
         weights = _quantize_group(names, group, config, plans.get(names[0]))
         for name, weight in zip(names, weights, strict=True):
-            result.reports.append(_install(name, weight, group, config.method))
+            result.reports.append(_install(name, weight, group, config))
             result.weights[name] = weight
-        is_shared = config.method == "bivlm-edge" and len(names) > 1
-        if is_shared and can_stack([weight.n for weight in weights]):
-            result.stacked.append(tuple(names))
+        finish(names, group.layers)
+        _save_group(names, group.layers, result, work)
+    if streamed:
+        dense = [name for name in result.weights if isinstance(result.weights[name], DenseWeight)]
+        streamed.settle(dense)
     for name in linear_layers(vlm.module):
         if name not in result.weights:
             result.skipped.setdefault(name, "not reached by the calibration inputs")
@@ -193,11 +227,142 @@ def skipped_layers(vlm: QuantizableModel, method: str) -> dict[str, str]:
     return skipped
 
 
+def _note_stacked(names: Sequence[str], result: QuantizedModel) -> None:
+    """Note whether layers with the same input become one weight in the graph."""
+    weights = [result.weights[name] for name in names]
+    is_shared = len(names) > 1 and all(isinstance(weight, BinaryWeight) for weight in weights)
+    if is_shared and can_stack([weight.n for weight in weights]):
+        result.stacked.append(tuple(names))
+
+
+def _open_work_folder(
+    path: Path | None,
+    module: nn.Module,
+    streamed: StreamedBlocks | None,
+    batches: Sequence[Batch],
+    config: QuantConfig,
+) -> WorkFolder:
+    if path is None:
+        return WorkFolder(None)
+    tensors = (
+        (name, streamed.read(name) if streamed and tensor.is_meta else tensor)
+        for name, tensor in module.state_dict().items()
+    )
+    return WorkFolder(path, describe_run(tensors, batches, config))
+
+
+def _check_weights(
+    module: nn.Module, streamed: StreamedBlocks | None, skipped: Mapping[str, str]
+) -> None:
+    """Refuse weights that no method can quantize.
+
+    Raises:
+        CheckpointError: a weight or bias of a layer to be quantized is not finite.
+    """
+    for name, layer in linear_layers(module).items():
+        for kind, parameter in layer.named_parameters(recurse=False):
+            if name in skipped:
+                continue
+            values = parameter.detach()
+            if streamed and values.is_meta:
+                values = streamed.read(f"{name}.{kind}")
+            bad = int((~torch.isfinite(values)).sum())
+            if bad:
+                raise CheckpointError(
+                    f"the {kind} of '{name}' holds {bad} NaN or infinite values of "
+                    f"{values.numel()}. Give a sound checkpoint."
+                )
+
+
+def _vision_rows(module: nn.Module, batches: Sequence[Batch]) -> list[Tensor] | None:
+    """Which tokens of each batch stand for image features, bool (tokens,); None without images."""
+    token = getattr(getattr(module, "config", None), "image_token_id", None)
+    if token is None or any("input_ids" not in batch for batch in batches):
+        return None
+    return [(batch["input_ids"] == token).reshape(-1) for batch in batches]
+
+
+def _fixed_weights(
+    vlm: QuantizableModel,
+    sequences: Sequence[Blocks],
+    batches: Sequence[Batch],
+    config: QuantConfig,
+    work: WorkFolder,
+) -> FixedWeights:
+    """Token weights of all layers, from the work folder if they are there."""
+    found = work.load("importance")
+    if found is not None:
+        split: dict[str, list[Tensor]] = {
+            name: list(torch.split(torch.from_numpy(found.arrays[name]), lengths))
+            for name, lengths in found.values.items()
+        }
+        return FixedWeights(split)
+    weights = token_importance(vlm.module, sequences, batches, config.seed)
+    work.save(
+        "importance",
+        {name: [len(row) for row in rows] for name, rows in weights.items()},
+        {name: torch.cat(rows).numpy() for name, rows in weights.items()},
+    )
+    return FixedWeights(weights)
+
+
+def _save_group(
+    names: Sequence[str],
+    layers: Mapping[str, nn.Linear],
+    result: QuantizedModel,
+    work: WorkFolder,
+) -> None:
+    """Keep quantized layers with the same input: weights, biases and reports."""
+    values, arrays = {}, {}
+    for name, report in zip(names, result.reports[-len(names) :], strict=True):
+        weight, tensors = pack_weight(name, result.weights[name])
+        values[name] = {"weight": weight, "report": asdict(report)}
+        arrays.update(tensors)
+        if _has_bias(layers[name]):
+            arrays[f"{name}.bias"] = layers[name].bias.detach().numpy()
+    work.save(f"layers.{names[0]}", values, arrays)
+
+
 @torch.no_grad()
-def _divide_budget(
-    groups: Iterable[LayerGroup], skipped: Mapping[str, str], config: QuantConfig
+def _restore_group(
+    names: Sequence[str],
+    layers: Mapping[str, nn.Linear],
+    result: QuantizedModel,
+    work: WorkFolder,
+) -> bool:
+    """Put layers that an earlier run has finished in place; False if it has not."""
+    step = work.load(f"layers.{names[0]}")
+    if step is None:
+        return False
+    for name in names:
+        stored = step.values[name]
+        weight = unpack_weight(name, stored["weight"], step.arrays)
+        layers[name].weight.copy_(torch.from_numpy(weight.dequantize()))
+        if _has_bias(layers[name]):
+            layers[name].bias.copy_(torch.from_numpy(step.arrays[f"{name}.bias"]))
+        report = stored["report"]
+        planes = report["planes"] and tuple(report["planes"])
+        result.reports.append(LayerReport(**{**report, "planes": planes}))
+        result.weights[name] = weight
+    return True
+
+
+@torch.no_grad()
+def _plan(
+    walk_once: Callable[..., Iterator[LayerGroup]],
+    skipped: Mapping[str, str],
+    config: QuantConfig,
+    work: WorkFolder,
 ) -> dict[str, Plan]:
     """Planes of every group of layers, from the float model: one budget for all of them together.
+
+    Without the weights of `loss` the errors of layers are taken relative to their outputs.
+
+    Args:
+        walk_once: `walk`, all arguments but `restore` given.
+        skipped: Names of layers that are not quantized.
+        config: Bits and seed.
+        work: Keeps what is planned.
 
     Returns:
         Name of the group's first layer that is quantized -> plan.
@@ -205,15 +370,30 @@ def _divide_budget(
     Raises:
         RequestError: even one plane per layer exceeds the budget.
     """
+    chosen = work.load("plans")
+    if chosen is not None:
+        return {name: _read_plan(values) for name, values in chosen.values.items()}
     candidates: dict[str, list[Plan]] = {}
     weights = 0
-    for group in groups:
+
+    def restore(layers: Mapping[str, nn.Linear]) -> bool:
+        nonlocal weights
+        names = [name for name in layers if name not in skipped]
+        if names:
+            step = work.load(f"plans.{names[0]}")
+            if step is None:
+                return False
+            candidates[names[0]] = [_read_plan(values) for values in step.values]
+            weights += sum(layers[name].weight.numel() for name in names)
+        return True
+
+    for group in walk_once(restore=restore):
         names = [name for name in group.layers if name not in skipped]
-        if not names:
-            continue
-        layers = [_calibrated(name, group) for name in names]
+        layers = [_calibrated(name, group, config) for name in names]
         weights += sum(layer.weight.numel() for layer in layers)
-        candidates[names[0]] = group_plans(layers, _seed(config, group))
+        found = group_plans(layers, _seed(config, group), config.without)
+        candidates[names[0]] = found
+        work.save(f"plans.{names[0]}", [astuple(plan) for plan in found], {})
     budget = int(config.bits * weights / 8)
     plans = allocate(candidates, budget)
     if plans is None:
@@ -222,10 +402,16 @@ def _divide_budget(
             f"--bits {config.bits:g} is below what one plane per layer takes in this model. "
             f"Choose at least {math.ceil(100 * least / weights) / 100:g}."
         )
+    work.save("plans", {name: astuple(plan) for name, plan in plans.items()}, {})
     return plans
 
 
-def _calibrated(name: str, group: LayerGroup) -> CalibratedLayer:
+def _read_plan(values: Sequence[Any]) -> Plan:
+    planes, nbytes, error = values
+    return Plan(tuple(planes), nbytes, error)
+
+
+def _calibrated(name: str, group: LayerGroup, config: QuantConfig) -> CalibratedLayer:
     """A layer with Hessians in the scale in which errors of all layers of a model compare."""
     layer = group.layers[name]
     weight = layer.weight.detach().float().clone()
@@ -236,17 +422,31 @@ def _calibrated(name: str, group: LayerGroup) -> CalibratedLayer:
     else:  # no gradient: the relative error is what layers have in common
         scale = 1 / max(output_energy(weight, fit.hessian), 1e-30)
     held_out = statistics.held_out
+    is_centred = _corrects_bias(layer, config)
     return CalibratedLayer(
         name=name,
         weight=weight,
-        hessian=_hessian(fit, fit, layer) * scale,
-        held_out=None if held_out is None else _hessian(held_out, fit, layer) * scale,
+        hessian=_hessian(fit, fit, is_centred) * scale,
+        held_out=None if held_out is None else _hessian(held_out, fit, is_centred) * scale,
     )
 
 
-def _hessian(moments: Moments, fit: Moments, layer: nn.Linear) -> Tensor:
-    """E[x x^T] of `moments`, around the mean of `fit` where the layer's bias takes that up."""
-    return moments.around(fit.mean) if _has_bias(layer) else moments.hessian
+def _hessian(moments: Moments, fit: Moments, is_centred: bool) -> Tensor:
+    """E[x x^T] of `moments`, around the mean of `fit` where the layer's bias takes that up.
+
+    Of inputs that are constant up to the rounding of float32 nothing definite is left around the
+    mean: any weight does, and the moments around zero choose one.
+    """
+    if not is_centred:
+        return moments.hessian
+    centred = moments.around(fit.mean)
+    is_constant = centred.trace() <= _CONSTANT * moments.hessian.trace()
+    return moments.hessian if is_constant else centred
+
+
+def _corrects_bias(layer: nn.Linear, config: QuantConfig) -> bool:
+    is_wanted = "bias" in methods.declaration(config.method).needs
+    return is_wanted and "bias-correction" not in config.without and _has_bias(layer)
 
 
 def _has_bias(layer: nn.Linear) -> bool:
@@ -262,26 +462,26 @@ def _seed(config: QuantConfig, group: LayerGroup) -> int:
 def _quantize_group(
     names: Sequence[str], group: LayerGroup, config: QuantConfig, plan: Plan | None
 ) -> Sequence[QuantizedWeight]:
-    """Quantize layers with the same input; `plan` is theirs with bivlm-edge."""
-    if plan is not None:
-        layers = [_calibrated(name, group) for name in names]
-        return bivlm_edge.quantize(layers, plan.nbytes, _seed(config, group))
+    """Quantize layers with the same input; without a plan they have `--bits` to themselves."""
+    weights = sum(group.layers[name].weight.numel() for name in names)
     options = LayerOptions(
         part=group.part,
-        bits=4 if config.method == "nbits4" else config.bits,
-        group=NBITS4_GROUP if config.method == "nbits4" else None,
+        bits=config.bits,
+        grid=config.grid,
         n_uns=config.n_uns,
+        paper_exact=config.paper_exact,
+        byte_budget=plan.nbytes if plan else int(config.bits * weights / 8),
+        seed=_seed(config, group),
+        without=config.without,
     )
-    return [
-        BASELINES[config.method](
-            group.layers[name].weight.detach().float().clone(), group.inputs.fit.hessian, options
-        )
-        for name in names
-    ]
+    layers = [_calibrated(name, group, config) for name in names]
+    return methods.load(config.method).quantize(layers, options)
 
 
 @torch.no_grad()
-def _install(name: str, quantized: QuantizedWeight, group: LayerGroup, method: str) -> LayerReport:
+def _install(
+    name: str, quantized: QuantizedWeight, group: LayerGroup, config: QuantConfig
+) -> LayerReport:
     """Leave a quantized weight in its layer, correct the bias, and report the error."""
     layer = group.layers[name]
     weight = layer.weight.detach().float().clone()
@@ -289,7 +489,7 @@ def _install(name: str, quantized: QuantizedWeight, group: LayerGroup, method: s
     layer.weight.copy_(rounded)
     judged = group.inputs.held_out or group.inputs.fit
     moments = judged.hessian
-    if method == "bivlm-edge" and _has_bias(layer):
+    if _corrects_bias(layer, config):
         mean = group.weighted.get(name, group.inputs).fit.mean
         layer.bias.add_((weight - rounded).double() @ mean)
         moments = judged.around(mean)
@@ -299,7 +499,7 @@ def _install(name: str, quantized: QuantizedWeight, group: LayerGroup, method: s
         name=name,
         n=quantized.n,
         k=quantized.k,
-        method=method,
+        method=config.method,
         planes=binary.plane_columns if binary else None,
         hadamard_block=binary.hadamard_block if binary else 0,
         true_bits=quantized.true_bits,

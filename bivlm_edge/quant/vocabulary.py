@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bivlm_edge.quant.weights import GroupWeight
@@ -44,3 +47,24 @@ def quantize_table(table: NDArray[np.float32]) -> GroupWeight | None:
         scale=scale,
         zero=np.full(scale.shape, ZERO, np.uint8),
     )
+
+
+@torch.no_grad()
+def round_vocabulary(module: Any) -> tuple[GroupWeight, GroupWeight] | None:
+    """Round a model's token table and head to 8 bits; both modules get the dequantized values.
+
+    Args:
+        module: A model of transformers with input and output embeddings, tied or not.
+
+    Returns:
+        Table and head, or None where a width is not a multiple of 16: both stay float.
+    """
+    table, head = module.get_input_embeddings(), module.get_output_embeddings()
+    table_weight = quantize_table(table.weight.numpy())
+    is_tied = head.weight is table.weight
+    head_weight = table_weight if is_tied else quantize_table(head.weight.numpy())
+    if table_weight is None or head_weight is None:
+        return None
+    table.weight.copy_(torch.from_numpy(table_weight.dequantize()))
+    head.weight.copy_(torch.from_numpy(head_weight.dequantize()))
+    return table_weight, head_weight

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from bivlm_edge import __version__
 from bivlm_edge.bundle import BUNDLE_VERSION
-from bivlm_edge.datasets import cache_folder
 from bivlm_edge.errors import OutputError, RequestError
+from bivlm_edge.package_files import cache_folder
 from bivlm_edge.quant.packed import FORMAT
 
 Method = Literal["bivlm-edge", "nbits4"]

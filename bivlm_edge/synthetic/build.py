@@ -36,9 +36,9 @@ from bivlm_edge.export.torch_ops import BinaryLinear, GroupLinear
 from bivlm_edge.export.validate import RUNTIME_ERRORS, OnnxRunner, Sample
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.families import FAMILIES
+from bivlm_edge.quant.methods.nbits4 import GROUP as NBITS4_GROUP
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.quant.quantizer import (
-    NBITS4_GROUP,
     LayerReport,
     QuantizedModel,
     linear_layers,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bivlm_edge.config import STAGES
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.allocation import VARIANTS, best_plan
-from bivlm_edge.quant.bivlm_edge import quantize, quantize_planes
 from bivlm_edge.quant.levels import (
     GAUSSIAN_COEFFICIENTS,
     GAUSSIAN_DISTORTION,
@@ -19,6 +19,8 @@ from bivlm_edge.quant.levels import (
     make_levels,
 )
 from bivlm_edge.quant.linalg import output_energy
+from bivlm_edge.quant.methods.bivlm_edge import quantize, quantize_planes
+from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import BinaryWeight, PlaneClass
 from bivlm_edge.quant.refine import Assignment, descend, loss, refit
 from bivlm_edge.quant.transform import (
@@ -45,7 +47,9 @@ def hessian(k: int, seed: int = 0) -> Tensor:
 
 def quantize_one(weight: Tensor, metric: Tensor, bits: float, seed: int = 0) -> BinaryWeight:
     layer = CalibratedLayer("layer", weight, metric)
-    [packed] = quantize([layer], int(bits * weight.numel() / 8), seed)
+    [packed] = quantize(
+        [layer], LayerOptions(byte_budget=int(bits * weight.numel() / 8), seed=seed)
+    )
     return packed
 
 
@@ -215,7 +219,7 @@ def test_layers_of_one_input_share_all_but_rows_and_keep_one_budget(
     rows: tuple[int, ...], shares_bytes: bool, bits: float
 ) -> None:
     budget = int(bits * sum(rows) * 256 / 8)
-    packed = quantize(siblings(rows), budget, seed=4)
+    packed = quantize(siblings(rows), LayerOptions(byte_budget=budget, seed=4))
     first = packed[0]
     assert [weight.n for weight in packed] == list(rows)
     for weight in packed:
@@ -232,7 +236,8 @@ def test_layers_of_one_input_share_all_but_rows_and_keep_one_budget(
 
 def test_a_shared_plan_costs_little_where_inputs_weigh_alike() -> None:
     layers = siblings((64, 32, 32))
-    together = quantize(layers, int(2.0 * 128 * 256 / 8), seed=4)
+    options = LayerOptions(byte_budget=int(2.0 * 128 * 256 / 8), seed=4)
+    together = quantize(layers, options)
     for layer, weight in zip(layers, together, strict=True):
         alone = quantize_one(layer.weight, layer.hessian, bits=2.0, seed=4)
         shared = relative_error(layer.weight, weight, layer.hessian)
@@ -259,10 +264,10 @@ def test_the_variant_of_least_error_on_held_out_inputs_wins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Judged by the negative of what it was fitted to, the worst of the variants wins."""
-    monkeypatch.setattr("bivlm_edge.quant.bivlm_edge._WORTH_TRYING", float("inf"))
+    monkeypatch.setattr("bivlm_edge.quant.methods.bivlm_edge._WORTH_TRYING", float("inf"))
     layers = [replace(layer, held_out=-layer.hessian) for layer in siblings((64, 48), k=128)]
     budget = int(2.2 * 112 * 128 / 8)
-    chosen = quantize(layers, budget, seed=0)
+    chosen = quantize(layers, LayerOptions(byte_budget=budget))
 
     def error(weights: list[BinaryWeight]) -> float:
         return sum(
@@ -310,3 +315,70 @@ def test_inputs_that_are_always_zero_are_survived() -> None:
     weight = gaussian(32, 128)
     packed = quantize_one(weight, torch.zeros(128, 128), bits=2.5)
     assert torch.isfinite(torch.from_numpy(packed.dequantize())).all()
+
+
+@pytest.mark.parametrize("others", [(), ("hadamard",)])
+def test_without_prefix_columns_stay_and_differ_by_one_plane_at_most(
+    others: tuple[str, ...],
+) -> None:
+    layers = siblings((64, 48), k=512)
+    for bits in (1.4, 1.8, 2.3):
+        budget = int(bits * 112 * 512 / 8)
+        [ordered, _] = quantize(layers, LayerOptions(byte_budget=budget, without=others))
+        assert ordered.order is not None
+        without = ("prefix", *others)
+        packed = quantize(layers, LayerOptions(byte_budget=budget, without=without))
+        for weight in packed:
+            assert weight.order is None
+            assert sum(width < 512 for width in weight.plane_columns) <= 1
+            assert not (others and weight.hadamard_block)
+        assert sum(weight.nbytes for weight in packed) <= budget
+
+
+def test_without_refit_or_descent_the_hessian_loss_is_larger() -> None:
+    layers = siblings((64, 48), k=256)
+    budget = int(2.0 * 112 * 256 / 8)
+
+    def error(*without: str) -> float:
+        options = LayerOptions(byte_budget=budget, without=("hadamard", *without))
+        weights = quantize(layers, options)
+        return sum(
+            output_energy(torch.from_numpy(weight.dequantize()) - layer.weight, layer.hessian)
+            for layer, weight in zip(layers, weights, strict=True)
+        )
+
+    complete = error()
+    for stage in ("refit", "descent", "act-order"):
+        assert error(stage) > complete, stage
+
+
+def test_budget_is_never_exceeded_whatever_the_shape() -> None:
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(12):
+        n, k = (int(x) for x in torch.randint(1, 300, (2,), generator=generator))
+        bits = 1.0 + 3.0 * float(torch.rand(1, generator=generator))
+        off = tuple(s for s in STAGES if float(torch.rand(1, generator=generator)) < 0.3)
+        budget = int(bits * n * k / 8)
+        layer = CalibratedLayer("layer", gaussian(n, k), hessian(k))
+        try:
+            [packed] = quantize([layer], LayerOptions(byte_budget=budget, without=off))
+        except RequestError as refusal:
+            least = int(str(refusal).split("one plane needs ")[1].split(".")[0])
+            assert least > budget
+        else:
+            assert packed.nbytes <= budget
+            assert packed.dequantize().shape == (n, k)
+
+
+def test_dead_channels_zero_rows_and_singular_hessians_are_survived() -> None:
+    weight, metric = gaussian(40, 192), hessian(192)
+    weight[3] = 0
+    metric[:, 70:100] = 0
+    metric[70:100] = 0
+    rank_one = torch.outer(torch.ones(192), torch.ones(192))
+    for singular in (metric, rank_one):
+        packed = quantize_one(weight, singular, bits=2.3)
+        rounded = torch.from_numpy(packed.dequantize())
+        assert torch.isfinite(rounded).all()
+        assert relative_error(weight, packed, singular) < 0.2
+        assert output_energy(rounded[3:4], singular) < 1e-3 * output_energy(weight, singular) / 40

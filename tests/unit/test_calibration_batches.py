@@ -100,3 +100,15 @@ def test_empty_prompts_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(DataError, match="is empty"):
         items_from_folder(tmp_path)
+
+
+def test_fewer_items_than_asked_for_are_all_used_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = [VqaItem(save_image(tmp_path / f"{i}.png", i), "q", "", "other") for i in range(3)]
+    batches = make_batches(fake_prepare, items, 5)
+    assert sum(len(batch["input_ids"]) for batch in batches) == 3
+    assert "hold 3 samples, fewer than the 5 asked for" in caplog.text
+    caplog.clear()
+    make_batches(fake_prepare, items, 3)
+    assert not caplog.text

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_wheel_is_fetched_into_the_cache_once(
 
     def pip_download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         calls.append(command)
-        target = Path(command[command.index("--dest") + 1]) / datasets.EASY_VQA_WHEEL
+        target = Path(command[command.index("--dest") + 1]) / datasets.EASY_VQA.wheel
         target.write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -115,12 +116,12 @@ def test_wheel_is_fetched_into_the_cache_once(
     assert not list((tmp_path / "cache" / "bivlm-edge").iterdir())
 
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(datasets, "EASY_VQA_SHA256", digest)
+    monkeypatch.setattr(datasets, "EASY_VQA", replace(datasets.EASY_VQA, sha256=digest))
     assert load_easy_vqa("test") == load_easy_vqa("test")
     assert len(calls) == 2
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert [file.name for file in (tmp_path / "cache" / "bivlm-edge").iterdir()] == [
-        datasets.EASY_VQA_WHEEL
+        datasets.EASY_VQA.wheel
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from bivlm_edge import report
 from bivlm_edge.errors import BivlmError, RequestError
+from bivlm_edge.runtime import idle
 from bivlm_edge.runtime.bench_worker import Job
 from bivlm_edge.runtime.benchmark import (
     Contender,
@@ -20,7 +20,6 @@ from bivlm_edge.runtime.benchmark import (
     physical_cores,
     quartiles,
 )
-from bivlm_edge.runtime.idle import wait_until_idle
 from bivlm_edge.runtime.process_memory import memory_bytes
 
 
@@ -150,19 +149,21 @@ def test_profile_splits_prefill_and_a_decode_step_by_operator(make_bundle: Any, 
     assert report.to_json(result)
 
 
-def test_waiting_ends_when_the_threads_rest_and_not_before() -> None:
-    done = threading.Event()
+@pytest.mark.parametrize(("spinning_s", "waited_s"), [(0.0, 0.004), (0.03, 0.036), (9.0, 1.0)])
+def test_waiting_ends_when_the_threads_rest_and_not_before(
+    monkeypatch: pytest.MonkeyPatch, spinning_s: float, waited_s: float
+) -> None:
+    now = 0.0
 
-    def spin() -> None:
-        while not done.is_set():
-            pass
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
 
-    thread = threading.Thread(target=spin)
-    thread.start()
-    threading.Timer(0.15, done.set).start()
-    wait_until_idle()
-    assert done.is_set()
-    thread.join()
+    monkeypatch.setattr(idle.time, "sleep", sleep)
+    monkeypatch.setattr(idle.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(idle.time, "process_time", lambda: min(now, spinning_s))
+    idle.wait_until_idle()
+    assert now == pytest.approx(waited_s, abs=1e-3)
 
 
 @pytest.mark.parametrize(("repeats", "warmups", "new_tokens"), [(0, 0, 4), (1, -1, 4), (1, 0, 1)])

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bivlm_edge.quant.options import LayerOptions
+from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import GroupWeight
+
+BITS = (2.0, 3.0, 4.0, 8.0)
+EXPORTED_BITS = (2.0, 4.0, 8.0)
 
 _GROUPS = (128, 64, 32)
 
@@ -38,9 +44,12 @@ def affine_grid(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round().clamp(0, top)
 
 
-def quantize(weight: Tensor, hessian: Tensor, options: LayerOptions) -> GroupWeight:
+def quantize(layers: Sequence[CalibratedLayer], options: LayerOptions) -> list[GroupWeight]:
     """Round every weight to the nearest code; the Hessian is not used."""
-    del hessian
+    return [_quantize(layer.weight, options) for layer in layers]
+
+
+def _quantize(weight: Tensor, options: LayerOptions) -> GroupWeight:
     k = weight.shape[1]
     group = options.group or group_size(k)
     scale, zero = affine_grid(weight, int(options.bits), group)

@@ -112,7 +112,8 @@ def export_model(
     weights = {**quantized.weights, **vocabulary.head}
     parameters = count_parameters(vlm.module)
     with staging(paths, overwrite=overwrite) as staged:
-        with parts.installed(vlm, weights, dtype):
+        paused = vlm.streamed.paused() if vlm.streamed else contextlib.nullcontext()
+        with parts.installed(vlm, weights, dtype), paused:
             written = write_bundle(vlm, vocabulary.table, staged, dtype, config, tell)
         tell("validating", 0, 1)
         samples = _validation_samples(vlm, items)
@@ -203,7 +204,10 @@ def _quantize(
     if options.method == "none":
         return quantize_model(vlm, [], options), None
     batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
-    return quantize_and_tune(vlm, batches, options, tell, work_folder)
+    tuning = None
+    if options.tune != "none" and options.tune_samples is not None:
+        tuning = make_batches(vlm.prepare, items, options.tune_samples, options.seed)
+    return quantize_and_tune(vlm, batches, options, tell, work_folder, tuning)
 
 
 def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) -> Vocabulary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -134,6 +134,7 @@ def walk(
     batches: Sequence[Batch],
     weighting: Weighting | None = None,
     restore: Callable[[Mapping[str, nn.Linear]], bool] | None = None,
+    held: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> Iterator[LayerGroup]:
     """Yield the groups of linear layers in order of execution, each with fresh statistics.
 
@@ -150,6 +151,8 @@ def walk(
             all rows alike.
         restore: Called with the layers of every group before anything is measured; true if their
             final weights were known and are in place now, so that the group is not yielded.
+        held: Called with a block's name; the block's weights are in memory inside what it returns
+            (`models.streaming`). None: they always are.
 
     Raises:
         DataError: The input of a layer is not finite; the message names layer and batch.
@@ -158,17 +161,31 @@ def walk(
         if not sequence.blocks:
             continue
         calls = [capture_call(module, sequence.blocks[0][1], batch) for batch in batches]
-        for number, (name, block) in enumerate(sequence.blocks):
-            prefix = f"{name}." if name else ""
-            weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
-            for layers in _shared_inputs(block, calls[0]):
-                named = {prefix + local: layer for local, layer in layers.items()}
-                if restore is not None and restore(named):
-                    continue
-                inputs, weighted = _collect(block, calls, named, weights)
-                yield LayerGroup(sequence.name, named, inputs, weighted)
-            if number + 1 < len(sequence.blocks):
-                advance(block, calls)
+        last = sequence.blocks[-1][0]
+        for name, block in sequence.blocks:
+            with held(name) if held else nullcontext():
+                yield from _walk_block(sequence.name, name, block, calls, weighting, restore)
+                if name != last:
+                    advance(block, calls)
+
+
+def _walk_block(
+    part: str,
+    name: str,
+    block: nn.Module,
+    calls: Sequence[Call],
+    weighting: Weighting | None,
+    restore: Callable[[Mapping[str, nn.Linear]], bool] | None,
+) -> Iterator[LayerGroup]:
+    """Yield the groups of one block; see `walk`."""
+    prefix = f"{name}." if name else ""
+    weights = weighting.weigh(part, name, block, calls) if weighting else {}
+    for layers in _shared_inputs(block, calls[0]):
+        named = {prefix + local: layer for local, layer in layers.items()}
+        if restore is not None and restore(named):
+            continue
+        inputs, weighted = _collect(block, calls, named, weights)
+        yield LayerGroup(part, named, inputs, weighted)
 
 
 @torch.no_grad()
@@ -180,7 +197,7 @@ def capture_call(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
         captured.append(Call(args, dict(kwargs)))
         raise _Stopped
 
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    handle = block.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
         with suppress(_Stopped):
             module(**{key: value for key, value in batch.items() if key != LABELS})

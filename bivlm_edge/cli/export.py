@@ -21,6 +21,7 @@ from bivlm_edge.cli.common import (
 from bivlm_edge.config import (
     DTYPES,
     FALLBACKS,
+    GRIDS,
     METHODS,
     PRUNE_MODES,
     TUNINGS,
@@ -55,8 +56,25 @@ def export(
     method: Annotated[str, typer.Option("--method", help=_choices(METHODS))] = "bivlm-edge",
     bits: Annotated[
         float,
-        typer.Option("--bits", help="True bits per weight, all scales and padding counted."),
+        typer.Option(
+            "--bits",
+            help="True bits per weight, all scales and padding counted; gptq and rtn: bits of a "
+            "code (2, 4 or 8).",
+        ),
     ] = 2.0,
+    grid: Annotated[
+        str,
+        typer.Option("--grid", help=f"gptq: levels per group or per row: {_choices(GRIDS)}"),
+    ] = "minmax",
+    n_uns: Annotated[
+        int, typer.Option("--n-uns", help="bivlm-paper: unsalient groups, 1 to 6.")
+    ] = 5,
+    paper_exact: Annotated[
+        bool,
+        typer.Option(
+            "--paper-exact", help="bivlm-paper: salient codes by equation 14 as it is printed."
+        ),
+    ] = False,
     keep_tokens: Annotated[
         float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
     ] = 1.0,
@@ -94,6 +112,12 @@ def export(
             help="Steps of up to four batches, with --tune end-to-end or both.",
         ),
     ] = 200,
+    tune_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--tune-samples", help="Pictures to tune on.", show_default="those of the calibration"
+        ),
+    ] = None,
     tune_rate: Annotated[
         float, typer.Option("--tune-rate", help="Factor on the learning rates, with --tune.")
     ] = 1.0,
@@ -116,6 +140,14 @@ def export(
             "there, with the same result.",
         ),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Leave the float weights of blocks on disk until they are used.",
+            show_default="if they exceed half of the available memory",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing export.")
     ] = False,
@@ -141,10 +173,14 @@ def export(
             bits=bits,
             seed=seed,
             calibration_samples=calibration_samples,
+            grid=grid,  # type: ignore[arg-type]  # checked by QuantConfig
+            n_uns=n_uns,
+            paper_exact=paper_exact,
             tune=tune,  # type: ignore[arg-type]  # checked by QuantConfig
             tune_signs=tune_signs,
             tune_epochs=tune_epochs,
             tune_steps=tune_steps,
+            tune_samples=tune_samples,
             tune_rate=tune_rate,
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
@@ -172,7 +208,7 @@ def export(
     logging.disable_progress_bar()  # one bar is enough
     with progress_by_name() as tell:
         items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
-        vlm = load_checkpoint(model or checkpoint_path())
+        vlm = load_checkpoint(model or checkpoint_path(), stream=stream or None)
         result = export_model(
             vlm,
             items,

@@ -92,18 +92,28 @@ def load_model(source: str | Path) -> VisionLanguageModel | LanguageModel:
         CheckpointError: Nothing loadable is there.
         UnsupportedModelError: It is neither.
     """
+    return load_language_model(source) if is_language_model(source) else load_checkpoint(source)
+
+
+def is_language_model(source: str | Path) -> bool:
+    """Tell a causal language model from a vision-language model by its configuration.
+
+    Raises:
+        CheckpointError: There is none to read.
+        UnsupportedModelError: It is neither.
+    """
     if str(source) == SMOLLM2:
-        return load_language_model(source)
+        return True
     config = load_part(str(source), "configuration", transformers.AutoConfig.from_pretrained)
     if config.model_type in families.FAMILIES:
-        return load_checkpoint(source)
+        return False
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
             f"'{source}' has the model type '{config.model_type}', which is neither a supported "
             f"vision-language model ({', '.join(sorted(families.FAMILIES))}) nor a causal "
             "language model of transformers."
         )
-    return load_language_model(source)
+    return True
 
 
 def load_language_model(source: str | Path) -> LanguageModel:
@@ -122,7 +132,7 @@ def load_language_model(source: str | Path) -> LanguageModel:
     options: dict[str, Any] = {}
     folder = str(source)
     if folder == SMOLLM2:
-        _require_gguf()
+        require_gguf()
         file = _smollm2_file()
         folder, options = str(file.parent), {"gguf_file": file.name}
     module, loading = load_part(
@@ -163,7 +173,12 @@ def _check_blocks(source: str, module: Any) -> None:
                 )
 
 
-def _require_gguf() -> None:
+def require_gguf() -> None:
+    """Refuse SmolLM2 where its file cannot be read.
+
+    Raises:
+        RequestError: A package is not installed.
+    """
     absent = [name for name in _GGUF_REQUIREMENTS if importlib.util.find_spec(name) is None]
     if absent:
         raise RequestError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,11 @@ from bivlm_edge.quant.linalg import output_energy
 from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight, can_stack
 from bivlm_edge.quant.transform import CalibratedLayer
-from bivlm_edge.quant.weights import QuantizedWeight
+from bivlm_edge.quant.weights import DenseWeight, QuantizedWeight
 from bivlm_edge.quant.work_folder import WorkFolder, describe_run, pack_weight, unpack_weight
+
+if TYPE_CHECKING:
+    from bivlm_edge.models.streaming import StreamedBlocks
 
 _CONSTANT = 2.0**-14  # 1 % of it, the damping, is above the 2^-24 by which float32 products err
 
@@ -136,26 +141,36 @@ def quantize_model(
         return result
     if not batches:
         raise RequestError("there are no calibration batches. Give at least one.")
-    work = _open_work_folder(work_folder, vlm.module, batches, config)
-    _check_weights(vlm.module, result.skipped)
+    streamed: StreamedBlocks | None = getattr(vlm, "streamed", None)
+    held = streamed.held if streamed else None
+    work = _open_work_folder(work_folder, vlm.module, streamed, batches, config)
+    _check_weights(vlm.module, streamed, result.skipped)
     sequences = vlm.block_sequences()
     total = len(linear_layers(vlm.module)) - len(result.skipped)
     weighting: Weighting | None = None
     plans: Mapping[str, Plan] = {}
     needs = methods.declaration(config.method).needs
     if "importance" in needs:
-        weighting = _fixed_weights(vlm, sequences, batches, config, work)
+        with streamed.recomputing() if streamed else nullcontext():
+            weighting = _fixed_weights(vlm, sequences, batches, config, work)
     if "budget" in needs:
-        plans = _plan(vlm.module, sequences, batches, weighting, result.skipped, config, work)
+        walk_once = partial(walk, vlm.module, sequences, batches, weighting, held=held)
+        plans = _plan(walk_once, result.skipped, config, work)
 
     def restore(layers: Mapping[str, nn.Linear]) -> bool:
         names = [name for name in layers if name not in result.skipped]
         if names and not _restore_group(names, layers, result, work):
             return False
-        _note_stacked(names, result)
+        finish(names, layers)
         return True
 
-    for group in walk(vlm.module, sequences, batches, weighting, restore):
+    def finish(names: Sequence[str], layers: Mapping[str, nn.Linear]) -> None:
+        _note_stacked(names, result)
+        if streamed:
+            for name in names:
+                streamed.keep(name, result.weights[name], layers[name].bias)
+
+    for group in walk(vlm.module, sequences, batches, weighting, restore, held):
         names = [name for name in group.layers if name not in result.skipped]
         if progress is not None:
             for done, name in enumerate(names, start=len(result.weights)):
@@ -164,8 +179,11 @@ def quantize_model(
         for name, weight in zip(names, weights, strict=True):
             result.reports.append(_install(name, weight, group, config.method))
             result.weights[name] = weight
-        _note_stacked(names, result)
+        finish(names, group.layers)
         _save_group(names, group.layers, result, work)
+    if streamed:
+        dense = [name for name in result.weights if isinstance(result.weights[name], DenseWeight)]
+        streamed.settle(dense)
     for name in linear_layers(vlm.module):
         if name not in result.weights:
             result.skipped.setdefault(name, "not reached by the calibration inputs")
@@ -211,14 +229,24 @@ def _note_stacked(names: Sequence[str], result: QuantizedModel) -> None:
 
 
 def _open_work_folder(
-    path: Path | None, module: nn.Module, batches: Sequence[Batch], config: QuantConfig
+    path: Path | None,
+    module: nn.Module,
+    streamed: StreamedBlocks | None,
+    batches: Sequence[Batch],
+    config: QuantConfig,
 ) -> WorkFolder:
     if path is None:
         return WorkFolder(None)
-    return WorkFolder(path, describe_run(module.state_dict().items(), batches, config))
+    tensors = (
+        (name, streamed.read(name) if streamed and tensor.is_meta else tensor)
+        for name, tensor in module.state_dict().items()
+    )
+    return WorkFolder(path, describe_run(tensors, batches, config))
 
 
-def _check_weights(module: nn.Module, skipped: Mapping[str, str]) -> None:
+def _check_weights(
+    module: nn.Module, streamed: StreamedBlocks | None, skipped: Mapping[str, str]
+) -> None:
     """Refuse weights that no method can quantize.
 
     Raises:
@@ -226,7 +254,11 @@ def _check_weights(module: nn.Module, skipped: Mapping[str, str]) -> None:
     """
     for name, layer in linear_layers(module).items():
         for kind, values in layer.named_parameters(recurse=False):
-            bad = 0 if name in skipped else int((~torch.isfinite(values)).sum())
+            if name in skipped:
+                continue
+            if streamed and values.is_meta:
+                values = streamed.read(f"{name}.{kind}")
+            bad = int((~torch.isfinite(values)).sum())
             if bad:
                 raise CheckpointError(
                     f"the {kind} of '{name}' holds {bad} NaN or infinite values of "
@@ -301,15 +333,18 @@ def _restore_group(
 
 @torch.no_grad()
 def _plan(
-    module: nn.Module,
-    sequences: Sequence[Blocks],
-    batches: Sequence[Batch],
-    weighting: Weighting | None,
+    walk_once: Callable[..., Iterator[LayerGroup]],
     skipped: Mapping[str, str],
     config: QuantConfig,
     work: WorkFolder,
 ) -> dict[str, Plan]:
     """Planes of every group of layers, from the float model: one budget for all of them together.
+
+    Args:
+        walk_once: `walk`, all arguments but `restore` given.
+        skipped: Names of layers that are not quantized.
+        config: Bits and seed.
+        work: Keeps what is planned.
 
     Returns:
         Name of the group's first layer that is quantized -> plan.
@@ -334,7 +369,7 @@ def _plan(
             weights += sum(layers[name].weight.numel() for name in names)
         return True
 
-    for group in walk(module, sequences, batches, weighting, restore):
+    for group in walk_once(restore=restore):
         names = [name for name in group.layers if name not in skipped]
         layers = [_calibrated(name, group) for name in names]
         weights += sum(layer.weight.numel() for layer in layers)
@@ -407,7 +442,9 @@ def _quantize_group(
     options = LayerOptions(
         part=group.part,
         bits=config.bits,
+        grid=config.grid,
         n_uns=config.n_uns,
+        paper_exact=config.paper_exact,
         byte_budget=plan.nbytes if plan else 0,
         seed=_seed(config, group),
     )

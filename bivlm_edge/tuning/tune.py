@@ -78,10 +78,16 @@ def quantize_and_tune(
         The quantized model, and what fine-tuning did, None without it.
 
     Raises:
-        Errors of `quantize_model` and `tune_model`.
+        RequestError: the model is streamed from disk; and the errors of `quantize_model` and
+            `tune_model`.
     """
     if config.tune == "none":
         return quantize_model(vlm, batches, config, progress, work_folder), None
+    if getattr(vlm, "streamed", None) is not None:
+        raise RequestError(
+            f"--tune {config.tune} needs the whole model in memory, and this one stays on disk. "
+            "Leave out --stream, or use --tune none."
+        )
     used = batches if tuning_batches is None else tuning_batches
     split_batches(used)
     teacher = Teacher(_float_copy(vlm.module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,7 @@ from bivlm_edge.errors import RequestError
 from bivlm_edge.quant import methods
 
 Grid = Literal["minmax", "lloyd"]
+Importance = Literal["none", "vlmq", "loss"]
 Tuning = Literal["none", "blocks", "end-to-end", "both"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
@@ -17,6 +19,8 @@ Dtype = Literal["fp32", "fp16"]
 
 METHODS = (*methods.names(), "none")
 GRIDS: tuple[str, ...] = get_args(Grid)
+IMPORTANCES: tuple[str, ...] = get_args(Importance)
+STAGES = methods.declaration("bivlm-edge").stages
 TUNINGS: tuple[str, ...] = get_args(Tuning)
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
@@ -77,6 +81,10 @@ class QuantConfig:
             not deployed).
         n_uns: `bivlm-paper`: number of unsalient groups, 1 to 6.
         paper_exact: `bivlm-paper`: salient codes by equation 14 as printed.
+        importance: How much each token counts in the Hessians: `none`, all alike; `vlmq`, by the
+            gradient of each attention block's error; `loss`, by that of the answer. None: the
+            method's own, `loss` for `bivlm-edge`, `none` for all others.
+        without: Names of STAGES that are switched off; kept sorted.
         tune: How coefficients, norms and biases are trained on the calibration samples after
             quantization: each block towards the outputs of the float block, all of them towards
             the float model's answers, or one after the other; one of TUNINGS.
@@ -94,6 +102,8 @@ class QuantConfig:
     grid: Grid = "minmax"
     n_uns: int = 5
     paper_exact: bool = False
+    importance: str | None = None
+    without: Collection[str] = ()
     tune: Tuning = "none"
     tune_signs: bool = False
     tune_epochs: int = 2
@@ -103,8 +113,12 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         _require_choice("--method", self.method, METHODS)
+        object.__setattr__(self, "without", tuple(sorted(set(self.without))))
         if self.method != "none":
             _check_bits(self.bits, self.method)
+        self._check_importance()
+        self._check_without()
+        self._check_tuning()
         if self.calibration_samples < 1:
             raise RequestError(
                 f"calibration needs at least one sample, got {self.calibration_samples}."
@@ -118,7 +132,6 @@ class QuantConfig:
         self._check_owner("grid", self.grid, "minmax")
         self._check_owner("n_uns", self.n_uns, 5)
         self._check_owner("paper_exact", self.paper_exact, False)
-        self._check_tuning()
 
     def _check_owner(self, option: str, value: object, default: object) -> None:
         """Refuse an option that the method would not read."""
@@ -128,6 +141,41 @@ class QuantConfig:
                 f"--{option.replace('_', '-')} does not go with --method {self.method}, which does "
                 f"not read it. Leave it out, or choose --method {' or '.join(owners)}."
             )
+
+    @property
+    def token_weights(self) -> str:
+        """The kind of importance that is used, one of IMPORTANCES."""
+        if self.importance is not None:
+            return self.importance
+        needs = frozenset() if self.method == "none" else methods.declaration(self.method).needs
+        return "loss" if "importance" in needs and "importance" not in self.without else "none"
+
+    def _check_importance(self) -> None:
+        if self.importance in (None, "none"):
+            return
+        _require_choice("--importance", self.importance, IMPORTANCES)
+        weighable = [
+            name for name in methods.names() if "hessian" in methods.declaration(name).needs
+        ]
+        if self.method not in weighable:
+            raise RequestError(
+                f"--importance {self.importance} weighs tokens in Hessians, which --method "
+                f"{self.method} does not use. Leave it out, or choose {', '.join(weighable)}."
+            )
+        if "importance" in self.without:
+            raise RequestError(
+                f"--importance {self.importance} and --without importance exclude each other. "
+                "Give one of them."
+            )
+
+    def _check_without(self) -> None:
+        stages = () if self.method == "none" else methods.declaration(self.method).stages
+        for name in self.without:
+            if name not in stages:
+                accepted = f"Stages: {', '.join(stages)}." if stages else "It has none."
+                raise RequestError(
+                    f"--without {name} names no stage of --method {self.method}. {accepted}"
+                )
 
     def _check_tuning(self) -> None:
         _require_choice("--tune", self.tune, TUNINGS)

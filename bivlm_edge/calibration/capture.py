@@ -124,7 +124,7 @@ class FixedWeights:
         return self.weights
 
 
-class _Stopped(Exception):  # noqa: N818 - control flow, not an error
+class Stopped(Exception):  # noqa: N818 - control flow, not an error
     """Everything wanted of this forward pass has been seen."""
 
 
@@ -160,7 +160,7 @@ def walk(
     for sequence in sequences:
         if not sequence.blocks:
             continue
-        calls = [capture_call(module, sequence.blocks[0][1], batch) for batch in batches]
+        calls = [capture(module, sequence.blocks[0][1], batch) for batch in batches]
         last = sequence.blocks[-1][0]
         for name, block in sequence.blocks:
             with held(name) if held else nullcontext():
@@ -189,17 +189,17 @@ def _walk_block(
 
 
 @torch.no_grad()
-def capture_call(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
+def capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
     """The arguments with which the model calls `block`; nothing behind it runs."""
     captured: list[Call] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.append(Call(args, dict(kwargs)))
-        raise _Stopped
+        raise Stopped
 
     handle = block.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        with suppress(_Stopped):
+        with suppress(Stopped):
             module(**{key: value for key, value in batch.items() if key != LABELS})
     finally:
         handle.remove()
@@ -272,13 +272,13 @@ def _collect(
         plain.add(rows, current)
         for name, collector in weighted.items():
             collector.add(rows, current, token_weights[name][current])
-        raise _Stopped
+        raise Stopped
 
     handle = first.register_forward_pre_hook(hook)
     try:
         for number, call in enumerate(calls):
             current = number
-            with suppress(_Stopped):
+            with suppress(Stopped):
                 call.run(block)
     finally:
         handle.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -106,6 +106,11 @@ class _PipeConsole(Console):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+
+def split_names(values: Iterable[str]) -> tuple[str, ...]:
+    """Names given by repeating an option, by commas, or by both."""
+    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
 
 
 def show(*renderables: RenderableType) -> None:

@@ -17,6 +17,7 @@ from bivlm_edge.cli.common import (
     progress_by_name,
     show,
     show_json,
+    split_names,
 )
 from bivlm_edge.config import (
     DTYPES,
@@ -24,6 +25,7 @@ from bivlm_edge.config import (
     GRIDS,
     METHODS,
     PRUNE_MODES,
+    STAGES,
     TUNINGS,
     ExportConfig,
     PruneConfig,
@@ -75,6 +77,24 @@ def export(
             "--paper-exact", help="bivlm-paper: salient codes by equation 14 as it is printed."
         ),
     ] = False,
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            "--importance",
+            help="How much each token counts in calibration: none (all alike), vlmq (error of each "
+            "attention block), loss (the answer).",
+            show_default="loss with bivlm-edge, else none",
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            help=f"Stages of bivlm-edge to switch off, with commas or repeated: {_choices(STAGES)}",
+            show_default="none",
+            metavar="STAGE",
+        ),
+    ] = None,
     keep_tokens: Annotated[
         float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
     ] = 1.0,
@@ -176,6 +196,8 @@ def export(
             grid=grid,  # type: ignore[arg-type]  # checked by QuantConfig
             n_uns=n_uns,
             paper_exact=paper_exact,
+            importance=importance,
+            without=split_names(without or ()),
             tune=tune,  # type: ignore[arg-type]  # checked by QuantConfig
             tune_signs=tune_signs,
             tune_epochs=tune_epochs,

@@ -161,15 +161,16 @@ def _measure(run: Run, setting: Setting, logs: Path, tell: Tell) -> dict[str, An
     }
     log = logs / f"{file_name(run.name)}.log"
     command = [sys.executable, "-P", "-m", "bivlm_edge.compare.job"]
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
+    with (
+        log.open("w", encoding="utf-8") as errors,
+        subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+        ) as process,
+    ):
         try:
             last = _converse(process, json.dumps(job, default=sorted), tell)
         finally:
             process.kill()  # does nothing to one that has ended
-            process.wait()
     if "result" in last:
         result: dict[str, Any] = last["result"]
         return result
@@ -189,6 +190,7 @@ def _converse(process: subprocess.Popen[str], job: str, tell: Tell) -> dict[str,
         raise RuntimeError("the process was started without pipes")
     with suppress(BrokenPipeError):  # it died at once: its log says why
         process.stdin.write(job)
+    with suppress(BrokenPipeError):
         process.stdin.close()
     last: dict[str, Any] = {}
     for line in process.stdout:

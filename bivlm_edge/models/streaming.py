@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -47,7 +49,6 @@ class StreamedBlocks:
         names: Dotted names of the blocks.
         tensors: Dotted name -> float32 tensor of every parameter and buffer in the blocks, read
             anew at each access.
-        owned: Whatever has to live as long as `tensors`.
 
     Raises:
         UnsupportedModelError: A block needs a tensor that the checkpoint does not hold.
@@ -58,9 +59,7 @@ class StreamedBlocks:
         module: nn.Module,
         names: Sequence[str],
         tensors: Mapping[str, Tensor],
-        owned: object = None,
     ) -> None:
-        self._owned = owned
         self._blocks = {name: module.get_submodule(name) for name in names}
         self._tensors = tensors
         self._held: set[str] = set()
@@ -213,7 +212,7 @@ def _put(block: nn.Module, local: str, value: Tensor) -> None:
 def load_weights(
     load: Callable[[Mapping[str, Any]], tuple[Any, Mapping[str, Any]]],
     make_skeleton: Callable[[], Any],
-    blocks: Callable[[Any], Iterable[nn.Module]],
+    blocks: Callable[[Any], Iterable[nn.Module] | None],
     stream: bool | None,
 ) -> tuple[Any, Mapping[str, Any], StreamedBlocks | None]:
     """Load a checkpoint, its blocks streamed if that is wanted.
@@ -240,13 +239,24 @@ def load_weights(
         return *load({}), None
     _require_accelerate()
     found = {id(module): name for name, module in skeleton.named_modules()}
-    names = [found[id(block)] for block in blocks(skeleton)]
+    names = [found[id(block)] for block in blocks(skeleton) or ()]
+    if not names:
+        raise UnsupportedModelError(
+            f"{type(skeleton).__name__} has no list of blocks that could be read one by one."
+        )
     device_map = dict.fromkeys(_outside(skeleton, "", frozenset(names)), "cpu")
     device_map |= dict.fromkeys(names, "disk")
-    converted = tempfile.TemporaryDirectory(prefix="bivlm-stream-")
-    with _quiet_accelerate():
-        module, loading = load({"device_map": device_map, "offload_folder": converted.name})
-    return module, loading, _take_over(module, names, converted)
+    converted = tempfile.mkdtemp(prefix="bivlm-stream-")
+    cleanup = partial(shutil.rmtree, converted, ignore_errors=True)
+    try:
+        with _quiet_accelerate():
+            module, loading = load({"device_map": device_map, "offload_folder": converted})
+        streamed = _take_over(module, names)
+    except BaseException:
+        cleanup()
+        raise
+    weakref.finalize(streamed, cleanup)
+    return module, loading, streamed
 
 
 @contextmanager
@@ -282,9 +292,7 @@ def _require_accelerate() -> None:
         )
 
 
-def _take_over(
-    module: nn.Module, names: Sequence[str], converted: tempfile.TemporaryDirectory[str]
-) -> StreamedBlocks:
+def _take_over(module: nn.Module, names: Sequence[str]) -> StreamedBlocks:
     """Put `StreamedBlocks` in the place of accelerate's hooks, which read layer by layer."""
     from accelerate.hooks import remove_hook_from_module
 
@@ -295,7 +303,7 @@ def _take_over(
             "read block by block. Give a checkpoint in safetensors files."
         )
     remove_hook_from_module(module, recurse=True)
-    return StreamedBlocks(module, names, loader, converted)
+    return StreamedBlocks(module, names, loader)
 
 
 def _outside(module: nn.Module, prefix: str, blocks: frozenset[str]) -> Iterator[str]:

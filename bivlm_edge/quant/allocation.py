@@ -9,7 +9,7 @@ columns (`StoredProblem.energy`) times the distortion that a Gaussian keeps at t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,7 +30,6 @@ from bivlm_edge.quant.transform import (
 )
 
 VARIANTS = (Variant(64, "chunks"), Variant(128, "chunks"), Variant(0, "columns"))
-
 _STEPS = 12  # boundaries of the planes that are tried per group
 
 
@@ -43,23 +42,37 @@ class Plan:
     error: float = 0.0
 
 
-def group_plans(layers: Sequence[CalibratedLayer], seed: int) -> list[Plan]:
+def variants(k: int, without: Collection[str] = ()) -> list[Variant]:
+    """The variants for K = k that are left without some of the stages "hadamard" and "prefix"."""
+    return [
+        variant._replace(order="none") if "prefix" in without else variant
+        for variant in VARIANTS
+        if variant.fits(k) and not (variant.block and "hadamard" in without)
+    ]
+
+
+def group_plans(
+    layers: Sequence[CalibratedLayer], seed: int, without: Collection[str] = ()
+) -> list[Plan]:
     """The plans of layers with the same input over all variants of their transform.
 
     Args:
         layers: At least one.
         seed: Seed of the signs.
+        without: Stages that are switched off.
     """
     return [
         plan
-        for variant in VARIANTS
-        if variant.fits(layers[0].weight.shape[1])
+        for variant in variants(layers[0].weight.shape[1], without)
         for plan in plans(transform_problems(layers, variant, seed))
     ]
 
 
 def plans(problems: Sequence[StoredProblem]) -> list[Plan]:
-    """All plans on a grid of plane boundaries; errors are summed over the layers."""
+    """All plans on a grid of plane boundaries; errors are summed over the layers.
+
+    Columns in their own order, unranked, differ by one plane at most: what the budget leaves.
+    """
     energy = sum(problem.energy for problem in problems)
     rows, k, variant = [problem.n for problem in problems], problems[0].k, problems[0].variant
     chunks = len(problems[0].energy)
@@ -71,6 +84,8 @@ def plans(problems: Sequence[StoredProblem]) -> list[Plan]:
         for third in (count for count in grid if count <= second):
             for fourth in (count for count in grid if count <= third):
                 counts = [count for count in (chunks, second, third, fourth) if count]
+                if variant.order == "none" and sum(count < chunks for count in counts) > 1:
+                    continue
                 planes = tuple(count * CHUNK for count in counts)
                 bounds = [*counts, 0]
                 error = sum(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -18,6 +19,7 @@ class LayerOptions:
         paper_exact: `bivlm-paper`: salient codes by equation 14.
         byte_budget: `bivlm-edge`: most bytes of all these layers together.
         seed: Seed of everything that is drawn.
+        without: `bivlm-edge`: its stages that are switched off.
     """
 
     part: str = "decoder"
@@ -28,3 +30,4 @@ class LayerOptions:
     paper_exact: bool = False
     byte_budget: int = 0
     seed: int = 0
+    without: Collection[str] = ()

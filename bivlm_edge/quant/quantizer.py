@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bivlm_edge.calibration.capture import Batch, Blocks, FixedWeights, LayerGroup, Weighting, walk
 from bivlm_edge.calibration.importance import token_importance
 from bivlm_edge.calibration.moments import Moments
+from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import CheckpointError, RequestError
 from bivlm_edge.quant import methods
@@ -87,12 +88,14 @@ class QuantizedModel:
         stacked: Names of layers with the same input whose weights become one in the graph: signs
             and order of the columns are stored once.
         skipped: Dotted name of every other nn.Linear -> why it stays as it is.
+        modalities: Dotted name -> mean weights of text and image tokens, with importance `vlmq`.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     stacked: list[tuple[str, ...]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    modalities: dict[str, ModalityWeights] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -149,13 +152,17 @@ def quantize_model(
     total = len(linear_layers(vlm.module)) - len(result.skipped)
     weighting: Weighting | None = None
     plans: Mapping[str, Plan] = {}
-    needs = methods.declaration(config.method).needs
-    if "importance" in needs:
+    if config.token_weights == "loss":
         with streamed.recomputing() if streamed else nullcontext():
             weighting = _fixed_weights(vlm, sequences, batches, config, work)
-    if "budget" in needs:
+    needs = methods.declaration(config.method).needs
+    if "budget" in needs and "model-budget" not in config.without:
         walk_once = partial(walk, vlm.module, sequences, batches, weighting, held=held)
         plans = _plan(walk_once, result.skipped, config, work)
+    if config.token_weights == "vlmq":
+        weighting = VlmqWeighting(
+            vlm.module, sequences, batches, _vision_rows(vlm.module, batches), result.modalities
+        )
 
     def restore(layers: Mapping[str, nn.Linear]) -> bool:
         names = [name for name in layers if name not in result.skipped]
@@ -177,7 +184,7 @@ def quantize_model(
                 progress(name, done, total)
         weights = _quantize_group(names, group, config, plans.get(names[0]))
         for name, weight in zip(names, weights, strict=True):
-            result.reports.append(_install(name, weight, group, config.method))
+            result.reports.append(_install(name, weight, group, config))
             result.weights[name] = weight
         finish(names, group.layers)
         _save_group(names, group.layers, result, work)
@@ -253,9 +260,10 @@ def _check_weights(
         CheckpointError: a weight or bias of a layer to be quantized is not finite.
     """
     for name, layer in linear_layers(module).items():
-        for kind, values in layer.named_parameters(recurse=False):
+        for kind, parameter in layer.named_parameters(recurse=False):
             if name in skipped:
                 continue
+            values = parameter.detach()
             if streamed and values.is_meta:
                 values = streamed.read(f"{name}.{kind}")
             bad = int((~torch.isfinite(values)).sum())
@@ -264,6 +272,14 @@ def _check_weights(
                     f"the {kind} of '{name}' holds {bad} NaN or infinite values of "
                     f"{values.numel()}. Give a sound checkpoint."
                 )
+
+
+def _vision_rows(module: nn.Module, batches: Sequence[Batch]) -> list[Tensor] | None:
+    """Which tokens of each batch stand for image features, bool (tokens,); None without images."""
+    token = getattr(getattr(module, "config", None), "image_token_id", None)
+    if token is None or any("input_ids" not in batch for batch in batches):
+        return None
+    return [(batch["input_ids"] == token).reshape(-1) for batch in batches]
 
 
 def _fixed_weights(
@@ -340,6 +356,8 @@ def _plan(
 ) -> dict[str, Plan]:
     """Planes of every group of layers, from the float model: one budget for all of them together.
 
+    Without the weights of `loss` the errors of layers are taken relative to their outputs.
+
     Args:
         walk_once: `walk`, all arguments but `restore` given.
         skipped: Names of layers that are not quantized.
@@ -371,9 +389,9 @@ def _plan(
 
     for group in walk_once(restore=restore):
         names = [name for name in group.layers if name not in skipped]
-        layers = [_calibrated(name, group) for name in names]
+        layers = [_calibrated(name, group, config) for name in names]
         weights += sum(layer.weight.numel() for layer in layers)
-        found = group_plans(layers, _seed(config, group))
+        found = group_plans(layers, _seed(config, group), config.without)
         candidates[names[0]] = found
         work.save(f"plans.{names[0]}", [astuple(plan) for plan in found], {})
     budget = int(config.bits * weights / 8)
@@ -393,7 +411,7 @@ def _read_plan(values: Sequence[Any]) -> Plan:
     return Plan(tuple(planes), nbytes, error)
 
 
-def _calibrated(name: str, group: LayerGroup) -> CalibratedLayer:
+def _calibrated(name: str, group: LayerGroup, config: QuantConfig) -> CalibratedLayer:
     """A layer with Hessians in the scale in which errors of all layers of a model compare."""
     layer = group.layers[name]
     weight = layer.weight.detach().float().clone()
@@ -404,25 +422,31 @@ def _calibrated(name: str, group: LayerGroup) -> CalibratedLayer:
     else:  # no gradient: the relative error is what layers have in common
         scale = 1 / max(output_energy(weight, fit.hessian), 1e-30)
     held_out = statistics.held_out
+    is_centred = _corrects_bias(layer, config)
     return CalibratedLayer(
         name=name,
         weight=weight,
-        hessian=_hessian(fit, fit, layer) * scale,
-        held_out=None if held_out is None else _hessian(held_out, fit, layer) * scale,
+        hessian=_hessian(fit, fit, is_centred) * scale,
+        held_out=None if held_out is None else _hessian(held_out, fit, is_centred) * scale,
     )
 
 
-def _hessian(moments: Moments, fit: Moments, layer: nn.Linear) -> Tensor:
+def _hessian(moments: Moments, fit: Moments, is_centred: bool) -> Tensor:
     """E[x x^T] of `moments`, around the mean of `fit` where the layer's bias takes that up.
 
     Of inputs that are constant up to the rounding of float32 nothing definite is left around the
     mean: any weight does, and the moments around zero choose one.
     """
-    if not _has_bias(layer):
+    if not is_centred:
         return moments.hessian
     centred = moments.around(fit.mean)
     is_constant = centred.trace() <= _CONSTANT * moments.hessian.trace()
     return moments.hessian if is_constant else centred
+
+
+def _corrects_bias(layer: nn.Linear, config: QuantConfig) -> bool:
+    is_wanted = "bias" in methods.declaration(config.method).needs
+    return is_wanted and "bias-correction" not in config.without and _has_bias(layer)
 
 
 def _has_bias(layer: nn.Linear) -> bool:
@@ -438,34 +462,26 @@ def _seed(config: QuantConfig, group: LayerGroup) -> int:
 def _quantize_group(
     names: Sequence[str], group: LayerGroup, config: QuantConfig, plan: Plan | None
 ) -> Sequence[QuantizedWeight]:
-    """Quantize layers with the same input; `plan` is their share of the budget, if there is one."""
+    """Quantize layers with the same input; without a plan they have `--bits` to themselves."""
+    weights = sum(group.layers[name].weight.numel() for name in names)
     options = LayerOptions(
         part=group.part,
         bits=config.bits,
         grid=config.grid,
         n_uns=config.n_uns,
         paper_exact=config.paper_exact,
-        byte_budget=plan.nbytes if plan else 0,
+        byte_budget=plan.nbytes if plan else int(config.bits * weights / 8),
         seed=_seed(config, group),
+        without=config.without,
     )
-    describe = _calibrated if "bias" in methods.declaration(config.method).needs else _uncentred
-    layers = [describe(name, group) for name in names]
+    layers = [_calibrated(name, group, config) for name in names]
     return methods.load(config.method).quantize(layers, options)
 
 
-def _uncentred(name: str, group: LayerGroup) -> CalibratedLayer:
-    """A layer with E[x x^T] as it is, for methods that leave the bias alone."""
-    statistics = group.weighted.get(name, group.inputs)
-    return CalibratedLayer(
-        name=name,
-        weight=group.layers[name].weight.detach().float().clone(),
-        hessian=statistics.fit.hessian,
-        held_out=None if statistics.held_out is None else statistics.held_out.hessian,
-    )
-
-
 @torch.no_grad()
-def _install(name: str, quantized: QuantizedWeight, group: LayerGroup, method: str) -> LayerReport:
+def _install(
+    name: str, quantized: QuantizedWeight, group: LayerGroup, config: QuantConfig
+) -> LayerReport:
     """Leave a quantized weight in its layer, correct the bias, and report the error."""
     layer = group.layers[name]
     weight = layer.weight.detach().float().clone()
@@ -473,7 +489,7 @@ def _install(name: str, quantized: QuantizedWeight, group: LayerGroup, method: s
     layer.weight.copy_(rounded)
     judged = group.inputs.held_out or group.inputs.fit
     moments = judged.hessian
-    if "bias" in methods.declaration(method).needs and _has_bias(layer):
+    if _corrects_bias(layer, config):
         mean = group.weighted.get(name, group.inputs).fit.mean
         layer.bias.add_((weight - rounded).double() @ mean)
         moments = judged.around(mean)
@@ -483,7 +499,7 @@ def _install(name: str, quantized: QuantizedWeight, group: LayerGroup, method: s
         name=name,
         n=quantized.n,
         k=quantized.k,
-        method=method,
+        method=config.method,
         planes=binary.plane_columns if binary else None,
         hadamard_block=binary.hadamard_block if binary else 0,
         true_bits=quantized.true_bits,

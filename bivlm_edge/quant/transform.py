@@ -81,7 +81,7 @@ class StoredProblem:
             last, are left out.
         hessian: float32 (columns, columns), damped.
         factor: `inverse_factor` in the order of `visit`.
-        visit: Order in which columns are rounded: falling diag(H).
+        visit: Order in which columns are rounded: falling diag(H), unless switched off.
         energy: Expected squared error per chunk, once rounded with compensation, of planes that
             leave 1 of the variance: float64 (chunks,), in the scale of the layer's Hessian.
         permutation: int64 (kp,), the transformed channel at each stored position.
@@ -108,7 +108,7 @@ def draw_signs(kp: int, seed: int) -> NDArray[np.bool_]:
 
 
 def transform_problems(
-    layers: Sequence[CalibratedLayer], variant: Variant, seed: int
+    layers: Sequence[CalibratedLayer], variant: Variant, seed: int, *, act_order: bool = True
 ) -> list[StoredProblem]:
     """Bring layers with the same input into the coordinates of one variant.
 
@@ -119,6 +119,7 @@ def transform_problems(
         layers: At least one, all of the same k.
         variant: Rotation and kind of order.
         seed: Seed of the signs.
+        act_order: Whether columns are rounded by falling diag(H), or as they are stored.
     """
     k = layers[0].weight.shape[1]
     kp = padded_columns(k)
@@ -136,7 +137,9 @@ def transform_problems(
     for weight, hessian in rotated:
         mean = max(float(hessian.diagonal()[:columns].mean()), 1e-30)
         stored = hessian[take][:, take]
-        visit = stored.diagonal().argsort(descending=True, stable=True)
+        visit = torch.arange(columns)
+        if act_order:
+            visit = stored.diagonal().argsort(descending=True, stable=True)
         factor = inverse_factor(stored[visit][:, visit])
         stored = stored / mean + DAMPING * torch.eye(columns, dtype=torch.float64)
         weight_t = weight[:, take].T.contiguous()

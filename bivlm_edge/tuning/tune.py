@@ -16,7 +16,13 @@ from bivlm_edge.calibration.capture import Batch
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.packed import BinaryWeight
-from bivlm_edge.quant.quantizer import Progress, QuantizableModel, QuantizedModel, quantize_model
+from bivlm_edge.quant.quantizer import (
+    Progress,
+    QuantizableModel,
+    QuantizedModel,
+    linear_layers,
+    quantize_model,
+)
 from bivlm_edge.tuning.blocks import tune_blocks
 from bivlm_edge.tuning.end_to_end import tune_end_to_end
 from bivlm_edge.tuning.objective import Teacher, compute_dtype, mean_divergence
@@ -229,10 +235,9 @@ def _tune_end_to_end(
     tell: Progress,
 ) -> tuple[State | None, _Entries]:
     module, steps = vlm.module, config.tune_steps
+    floats = linear_layers(teacher.module)
     weights = {
-        name: PlaneWeight(
-            weight, teacher.module.get_submodule(name).weight if config.tune_signs else None
-        )
+        name: PlaneWeight(weight, floats[name].weight if config.tune_signs else None)
         for name, weight in packed.items()
     }
     rates = RATES.times(config.tune_rate)

@@ -52,6 +52,21 @@ def test_pb_llm_of_a_gaussian_leaves_the_error_of_its_binary_part() -> None:
     assert mean_square(packed, weight) == pytest.approx(square - mean**2 / share, rel=0.01)
 
 
+def test_pb_llm_rounds_by_the_formula() -> None:
+    weight = gaussian(6, 200)
+    values = torch.from_numpy(quantize(pb_llm, weight).dequantize())
+    cut = weight.abs().flatten().sort(descending=True).values[120]
+    for row, found in zip(weight, values, strict=True):
+        binary = row.abs() <= cut
+        mean = row[binary].mean()
+        scale = (row[binary] - mean).abs().mean()
+        expected = mean + scale * torch.sign(row[binary] - mean)
+        torch.testing.assert_close(found[binary], expected, rtol=2e-3, atol=1e-4)
+        step = row.abs().max() / 127
+        codes = found[~binary] / step
+        torch.testing.assert_close(codes, (row[~binary] / step).round(), rtol=1e-3, atol=0)
+
+
 def test_pb_llm_counts_the_map_and_the_floats_that_the_paper_leaves_out() -> None:
     packed = quantize(pb_llm, gaussian(100, 1000))
     assert packed.claimed_bits == pytest.approx(1.7)

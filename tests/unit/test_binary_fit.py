@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bivlm_edge.config import STAGES
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.allocation import VARIANTS, best_plan
 from bivlm_edge.quant.levels import (
@@ -314,3 +315,70 @@ def test_inputs_that_are_always_zero_are_survived() -> None:
     weight = gaussian(32, 128)
     packed = quantize_one(weight, torch.zeros(128, 128), bits=2.5)
     assert torch.isfinite(torch.from_numpy(packed.dequantize())).all()
+
+
+@pytest.mark.parametrize("others", [(), ("hadamard",)])
+def test_without_prefix_columns_stay_and_differ_by_one_plane_at_most(
+    others: tuple[str, ...],
+) -> None:
+    layers = siblings((64, 48), k=512)
+    for bits in (1.4, 1.8, 2.3):
+        budget = int(bits * 112 * 512 / 8)
+        [ordered, _] = quantize(layers, LayerOptions(byte_budget=budget, without=others))
+        assert ordered.order is not None
+        without = ("prefix", *others)
+        packed = quantize(layers, LayerOptions(byte_budget=budget, without=without))
+        for weight in packed:
+            assert weight.order is None
+            assert sum(width < 512 for width in weight.plane_columns) <= 1
+            assert not (others and weight.hadamard_block)
+        assert sum(weight.nbytes for weight in packed) <= budget
+
+
+def test_without_refit_or_descent_the_hessian_loss_is_larger() -> None:
+    layers = siblings((64, 48), k=256)
+    budget = int(2.0 * 112 * 256 / 8)
+
+    def error(*without: str) -> float:
+        options = LayerOptions(byte_budget=budget, without=("hadamard", *without))
+        weights = quantize(layers, options)
+        return sum(
+            output_energy(torch.from_numpy(weight.dequantize()) - layer.weight, layer.hessian)
+            for layer, weight in zip(layers, weights, strict=True)
+        )
+
+    complete = error()
+    for stage in ("refit", "descent", "act-order"):
+        assert error(stage) > complete, stage
+
+
+def test_budget_is_never_exceeded_whatever_the_shape() -> None:
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(12):
+        n, k = (int(x) for x in torch.randint(1, 300, (2,), generator=generator))
+        bits = 1.0 + 3.0 * float(torch.rand(1, generator=generator))
+        off = tuple(s for s in STAGES if float(torch.rand(1, generator=generator)) < 0.3)
+        budget = int(bits * n * k / 8)
+        layer = CalibratedLayer("layer", gaussian(n, k), hessian(k))
+        try:
+            [packed] = quantize([layer], LayerOptions(byte_budget=budget, without=off))
+        except RequestError as refusal:
+            least = int(str(refusal).split("one plane needs ")[1].split(".")[0])
+            assert least > budget
+        else:
+            assert packed.nbytes <= budget
+            assert packed.dequantize().shape == (n, k)
+
+
+def test_dead_channels_zero_rows_and_singular_hessians_are_survived() -> None:
+    weight, metric = gaussian(40, 192), hessian(192)
+    weight[3] = 0
+    metric[:, 70:100] = 0
+    metric[70:100] = 0
+    rank_one = torch.outer(torch.ones(192), torch.ones(192))
+    for singular in (metric, rank_one):
+        packed = quantize_one(weight, singular, bits=2.3)
+        rounded = torch.from_numpy(packed.dequantize())
+        assert torch.isfinite(rounded).all()
+        assert relative_error(weight, packed, singular) < 0.2
+        assert output_energy(rounded[3:4], singular) < 1e-3 * output_energy(weight, singular) / 40

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from bivlm_edge.calibration.capture import Call, FixedWeights, walk
 from bivlm_edge.calibration.importance import TEMPERATURE, fisher_direction, token_importance
 from bivlm_edge.calibration.moments import StatisticsCollector, is_held_out
+from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
 from bivlm_edge.errors import UnsupportedModelError
 
 
@@ -286,3 +287,131 @@ def test_model_without_logits_has_no_importance() -> None:
     blocks = [("first", module.first), ("second", module.second)]
     batches = [{"x": torch.randn(5, 64)}]
     assert token_importance(module, [Part("decoder", blocks)], batches, seed=0) == {}
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def disturb(module: Any) -> None:
+    """Change the first decoder block, as a quantizer would."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in module.model.language_model.layers[0].modules():
+        if isinstance(layer, nn.Linear):
+            noise = torch.randn(layer.weight.shape, generator=generator)
+            layer.weight.data += 0.1 * layer.weight.std() * noise
+
+
+class Spy:
+    """Remembers what a weighting gives for each block."""
+
+    def __init__(self, weighting: VlmqWeighting) -> None:
+        self.weighting = weighting
+        self.given: dict[str, Sequence[Tensor]] = {}
+
+    def weigh(
+        self, part: str, name: str, block: nn.Module, calls: Sequence[Call]
+    ) -> Mapping[str, Sequence[Tensor]]:
+        weights = self.weighting.weigh(part, name, block, calls)
+        self.given.update(weights)
+        return weights
+
+
+def vlmq_weights(
+    module: Any, batches: Sequence[Mapping[str, Tensor]], *, disturbed: bool
+) -> dict[str, Sequence[Tensor]]:
+    sequences = llava_sequences(module)
+    spy = Spy(VlmqWeighting(module, sequences, batches, None, {}))
+    for group in walk(module, sequences, batches, spy):
+        first = "language_model.layers.0.self_attn.q_proj"
+        if disturbed and any(name.endswith(first) for name in group.layers):
+            disturb(module)
+    return spy.given
+
+
+def attended(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states behind the attention of the second decoder block, gradients kept."""
+    found: list[Tensor] = []
+    block = module.model.language_model.layers[1]
+    handle = block.post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: found.append(args[0])
+    )
+    module(**{name: value for name, value in batch.items() if name != "labels"})
+    handle.remove()
+    return found[0]
+
+
+def test_weights_are_squared_mean_gradients_of_the_attention_blocks_error() -> None:
+    batches = llava_batches(2)
+    module = tiny_llava()
+    weights = vlmq_weights(module, batches, disturbed=True)
+    names = [name.rsplit(".", 1)[1] for name in weights]
+    assert names == [*ATTENTION] * 2
+    assert all("language_model" in name for name in weights)
+    with torch.no_grad():
+        wanted = [attended(tiny_llava(), batch) for batch in batches]
+    block = module.model.language_model.layers[1]
+    for name in ATTENTION:
+        layer = getattr(block.self_attn, name)
+        for number, batch in enumerate(batches):
+            outputs: list[Tensor] = []
+
+            def hook(_: nn.Module, __: Any, output: Tensor, kept: list[Tensor] = outputs) -> Tensor:
+                kept.append(output.detach().requires_grad_())
+                return kept[0]
+
+            handle = layer.register_forward_hook(hook)
+            loss = ((wanted[number] - attended(module, batch)) ** 2).sum()
+            handle.remove()
+            [gradient] = torch.autograd.grad(loss, outputs)
+            factors = gradient.abs().mean(dim=2)  # samples, tokens
+            relative = (factors / factors.mean(dim=1, keepdim=True)).clamp_min(0.05)
+            full = next(n for n in weights if n.endswith(f"layers.1.self_attn.{name}"))
+            found = weights[full][number]
+            # the same gradient by another order of float32 sums
+            torch.testing.assert_close(found, (relative**2).reshape(-1), rtol=1e-3, atol=1e-4)
+            assert float(found.std()) > 0.1
+
+
+def test_rows_weigh_alike_where_nothing_was_quantized_before() -> None:
+    weights = vlmq_weights(tiny_llava(), llava_batches(2), disturbed=False)
+    assert len(weights) == 8
+    for rows in weights.values():
+        assert all(torch.equal(row, torch.ones_like(row)) for row in rows)
+
+
+def test_weighing_leaves_no_hooks_and_no_gradients() -> None:
+    module = tiny_llava()
+
+    def hooks() -> int:
+        return sum(len(part._forward_hooks) for part in module.modules())
+
+    module(**{name: value for name, value in llava_batches(1)[0].items() if name != "labels"})
+    before = hooks()  # transformers' own, put there at the first call
+    vlmq_weights(module, llava_batches(2), disturbed=True)
+    assert hooks() == before
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_block_without_attention_is_refused_by_name() -> None:
+    module = Toy()
+    sequences = [Part("decoder", [("first", module.first)])]
+    batches = [{"x": torch.randn(5, 64)}]
+    weighting = VlmqWeighting(module, sequences, batches, None, {})
+    with pytest.raises(UnsupportedModelError, match=r"'first' \(ToyBlock\) .* has a, unused\)"):
+        list(walk(module, sequences, batches, weighting))
+
+
+def test_mean_weights_of_text_and_image_tokens_are_told() -> None:
+    module = tiny_llava()
+    batches = llava_batches(1)
+    vision = [(batches[0]["input_ids"] == 3).reshape(-1)]
+    told: dict[str, ModalityWeights] = {}
+    spy = Spy(VlmqWeighting(module, llava_sequences(module), batches, vision, told))
+    for group in walk(module, llava_sequences(module), batches, spy):
+        if any(name.endswith("language_model.layers.0.self_attn.q_proj") for name in group.layers):
+            disturb(module)
+    assert set(told) == set(spy.given)
+    for name, [rows] in spy.given.items():
+        text, image = float(rows[~vision[0]].mean()), float(rows[vision[0]].mean())
+        assert told[name] == pytest.approx((text, image))
+        assert (text != image) == ("layers.1" in name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from bivlm_edge.config import QuantConfig
+from bivlm_edge.calibration.capture import Call
+from bivlm_edge.calibration.vlmq import VlmqWeighting
+from bivlm_edge.config import STAGES, QuantConfig
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant import methods
 from bivlm_edge.quant.packed import BinaryWeight
@@ -268,3 +271,149 @@ def test_plain_modules_are_quantized_and_small_layers_stay() -> None:
     assert result.skipped["body.2"].startswith("too small (8 x 96)")
     assert "outside" in result.skipped["spare"]
     assert result.true_bits <= 2.4
+
+
+def packed_bytes(result: QuantizedModel) -> dict[str, tuple[bytes, bytes]]:
+    found = {}
+    for name, weight in result.weights.items():
+        assert isinstance(weight, GroupWeight)
+        found[name] = (weight.codes.tobytes(), weight.scale.tobytes())
+    return found
+
+
+def quantize_with(monkeypatch: pytest.MonkeyPatch, factor: float | None) -> QuantizedModel:
+    """`gptq` with `vlmq` whose weights are all `factor`; None: plain `gptq`."""
+    if factor is None:
+        return quantize_model(tiny_llava(), make_inputs(), QuantConfig(method="gptq"))
+
+    class Constant(VlmqWeighting):
+        def weigh(
+            self, part: str, name: str, block: nn.Module, calls: Sequence[Call]
+        ) -> Mapping[str, Sequence[Tensor]]:
+            weights = super().weigh(part, name, block, calls)
+            return {key: [row * 0 + factor for row in rows] for key, rows in weights.items()}
+
+    config = QuantConfig(method="gptq", importance="vlmq")
+    with monkeypatch.context() as patch:
+        patch.setattr("bivlm_edge.quant.quantizer.VlmqWeighting", Constant)
+        return quantize_model(tiny_llava(), make_inputs(), config)
+
+
+def test_equal_factors_make_vlmq_equal_gptq_and_their_scale_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = packed_bytes(quantize_with(monkeypatch, None))
+    assert packed_bytes(quantize_with(monkeypatch, 1.0)) == plain
+    assert packed_bytes(quantize_with(monkeypatch, 64.0)) == plain
+    real = quantize_model(
+        tiny_llava(), make_inputs(), QuantConfig(method="gptq", importance="vlmq")
+    )
+    found = packed_bytes(real)
+    changed = {name for name in plain if found[name] != plain[name]}
+    assert any(name.endswith("language_model.layers.0.self_attn.q_proj") for name in changed)
+    assert not any("vision" in name or "projector" in name for name in changed)
+
+
+def test_text_and_image_tokens_are_accounted_for() -> None:
+    result = quantize_model(
+        tiny_llava(), make_inputs(), QuantConfig(method="gptq", importance="vlmq")
+    )
+    names = {name.rsplit(".", 1)[1] for name in result.modalities}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for weights in result.modalities.values():
+        assert weights.text is not None
+        assert weights.vision is not None
+        assert weights.text > 0
+        assert weights.vision > 0
+    q = next(value for name, value in result.modalities.items() if name.endswith("q_proj"))
+    assert q.text != q.vision
+
+
+def test_importance_loss_weighs_the_hessian_of_a_baseline() -> None:
+    plain = quantize_model(tiny_llava(), make_inputs(), QuantConfig(method="gptq"))
+    config = QuantConfig(method="gptq", importance="loss")
+    weighted = quantize_model(tiny_llava(), make_inputs(), config)
+    assert packed_bytes(weighted) != packed_bytes(plain)
+    assert not weighted.modalities
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance": "hessian"}, "Accepted: none, vlmq, loss"),
+        ({"method": "rtn", "importance": "vlmq"}, "--method rtn does not use"),
+        ({"importance": "vlmq", "without": {"importance"}}, "exclude each other"),
+        ({"without": {"descnt"}}, "--without descnt .* Stages: importance, hadamard"),
+        ({"method": "gptq", "without": {"refit"}}, "--without refit .* --method gptq. It has none"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        QuantConfig(**options)
+
+
+def test_methods_have_their_own_importance() -> None:
+    assert QuantConfig().token_weights == "loss"
+    assert QuantConfig(without={"importance"}).token_weights == "none"
+    assert QuantConfig(importance="vlmq").token_weights == "vlmq"
+    assert QuantConfig(method="gptq").token_weights == "none"
+    assert QuantConfig(method="none").token_weights == "none"
+
+
+@cache
+def stages_off(*without: str, bits: float = 2.3) -> tuple[QuantizedModel, TinyLlava]:
+    vlm = tiny_llava()
+    result = quantize_model(vlm, make_inputs(), QuantConfig(bits=bits, without=set(without)))
+    numel = sum(weight.n * weight.k for weight in result.weights.values())
+    assert 8 * result.nbytes <= bits * numel
+    check_account(vlm, result)
+    return result, vlm
+
+
+def binary(result: QuantizedModel) -> list[BinaryWeight]:
+    return [weight for weight in result.weights.values() if isinstance(weight, BinaryWeight)]
+
+
+def test_without_hadamard_no_weight_is_rotated() -> None:
+    assert any(weight.hadamard_block for weight in binary(stages_off()[0]))
+    assert not any(weight.hadamard_block for weight in binary(stages_off("hadamard")[0]))
+
+
+def test_without_model_budget_every_group_keeps_the_bits_by_itself() -> None:
+    bits = 2.6
+    result, _ = stages_off("model-budget", bits=bits)
+    stacked = [set(names) for names in result.stacked]
+    for name, weight in result.weights.items():
+        assert any(name in names for names in stacked) or weight.true_bits <= bits
+    for names in stacked:
+        assert sum(result.weights[n].nbytes for n in names) * 8 <= bits * sum(
+            result.weights[n].n * result.weights[n].k for n in names
+        ) + 8 * sum(weight.transform_bytes for weight in binary(result))
+
+
+@pytest.mark.parametrize(
+    "stage", ["importance", "act-order", "refit", "descent", "bias-correction", "model-budget"]
+)
+def test_every_stage_changes_the_result(stage: str) -> None:
+    reference = {name: w.dequantize() for name, w in stages_off()[0].weights.items()}
+    changed = {name: w.dequantize() for name, w in stages_off(stage)[0].weights.items()}
+    assert any(not np.array_equal(reference[name], changed[name]) for name in reference)
+
+
+def test_without_bias_correction_biases_stay() -> None:
+    before = layers_of(tiny_llava())
+    for without, stays in (((), False), (("bias-correction",), True)):
+        result, vlm = stages_off(*without)
+        after = layers_of(vlm)
+        same = [
+            torch.equal(after[name].bias, before[name].bias)
+            for name in result.weights
+            if before[name].bias is not None
+        ]
+        assert all(same) == stays
+
+
+def test_stages_are_switched_off_together() -> None:
+    stages_off(*STAGES)
+    stages_off("hadamard", "model-budget", "descent")
+    stages_off("prefix", "refit", "importance")

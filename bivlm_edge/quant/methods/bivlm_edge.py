@@ -5,18 +5,30 @@ compensated rounding in activation order, then rounds of refitted coefficients a
 descent over the signs, the last ones with coefficients already in float16. Of the variants whose
 estimated error is near the least, the one with the least error on held-out inputs wins. Layers
 with the same input share variant and planes.
+
+Stages that can be switched off, and what takes their place:
+
+    importance       all tokens count alike
+    hadamard         no variant is rotated
+    prefix           columns stay where they are and differ by one plane at most
+    model-budget     layers with the same input have --bits to themselves
+    act-order        columns are rounded in the order in which they are stored
+    refit            coefficients stay as fitted to the weights, before rounding
+    descent          signs stay as the compensated rounding leaves them
+    bias-correction  biases stay; Hessians are not centred
+    fine-tuning      nothing is trained afterwards
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bivlm_edge.errors import RequestError
-from bivlm_edge.quant.allocation import VARIANTS, Plan, best_plan, plan_bytes
+from bivlm_edge.quant.allocation import Plan, best_plan, plan_bytes, variants
 from bivlm_edge.quant.levels import fit_coefficients, make_levels
 from bivlm_edge.quant.linalg import compensate, output_energy
 from bivlm_edge.quant.options import LayerOptions
@@ -39,6 +51,17 @@ from bivlm_edge.quant.transform import (
 
 BIT_RANGE = (1.0, 4.0)
 NEEDS = ("hessian", "importance", "budget", "bias")
+STAGES = (
+    "importance",
+    "hadamard",
+    "prefix",
+    "model-budget",
+    "act-order",
+    "refit",
+    "descent",
+    "bias-correction",
+    "fine-tuning",
+)
 
 _ROUNDS = 3
 _SWEEPS = 4
@@ -53,18 +76,18 @@ def quantize(layers: Sequence[CalibratedLayer], options: LayerOptions) -> list[B
     Args:
         layers: At least one.
         options: `byte_budget`, the most bytes of all layers together as `plan_bytes` counts them,
-            and `seed` of the signs.
+            `seed` of the signs, and `without`, the stages that are switched off.
 
     Raises:
         RequestError: not even one plane fits the budget.
     """
     k = layers[0].weight.shape[1]
     byte_budget, seed = options.byte_budget, options.seed
+    act_order = "act-order" not in options.without
     trials = [
         (plan, problems)
-        for variant in VARIANTS
-        if variant.fits(k)
-        for problems in [transform_problems(layers, variant, seed)]
+        for variant in variants(k, options.without)
+        for problems in [transform_problems(layers, variant, seed, act_order=act_order)]
         if (plan := best_plan(problems, byte_budget)) is not None
     ]
     if not trials:
@@ -76,7 +99,7 @@ def quantize(layers: Sequence[CalibratedLayer], options: LayerOptions) -> list[B
         )
     limit = _WORTH_TRYING * min(plan.error for plan, _ in trials)
     packed = [
-        [quantize_planes(problem, plan) for problem in problems]
+        [quantize_planes(problem, plan, options.without) for problem in problems]
         for plan, problems in trials
         if plan.error <= limit
     ]
@@ -94,8 +117,10 @@ def _held_out_error(layers: Sequence[CalibratedLayer], weights: Sequence[BinaryW
     )
 
 
-def quantize_planes(problem: StoredProblem, plan: Plan) -> BinaryWeight:
-    """Quantize a transformed layer with the planes of `plan`."""
+def quantize_planes(
+    problem: StoredProblem, plan: Plan, without: Collection[str] = ()
+) -> BinaryWeight:
+    """Quantize a transformed layer with the planes of `plan`, without the stages named."""
     columns = len(problem.weight_t)
     classes = [
         group._replace(stop=min(group.stop, columns))
@@ -103,11 +128,13 @@ def quantize_planes(problem: StoredProblem, plan: Plan) -> BinaryWeight:
         if group.start < columns
     ]
     assignment = _assign(problem, classes, _initial(problem, classes))
-    for _ in range(_ROUNDS):
-        assignment.alpha = refit(assignment, problem.weight_t, problem.hessian)
-        descend(assignment, problem.weight_t, problem.hessian, _SWEEPS)
-    assignment.alpha = refit(assignment, problem.weight_t, problem.hessian).half().float()
-    descend(assignment, problem.weight_t, problem.hessian, _SWEEPS)
+    for step in range(_ROUNDS + 1):
+        if "refit" not in without:
+            assignment.alpha = refit(assignment, problem.weight_t, problem.hessian)
+        if step == _ROUNDS:
+            assignment.alpha = assignment.alpha.half().float()
+        if "descent" not in without:
+            descend(assignment, problem.weight_t, problem.hessian, _SWEEPS)
     return _pack(problem, plan, assignment)
 
 

@@ -91,6 +91,7 @@ class QuantConfig:
         tune_signs: Train the signs of the planes as well.
         tune_epochs: Passes over the samples per block.
         tune_steps: Steps end to end, each of up to four batches (about 2,048 tokens).
+        tune_samples: Samples to tune on and judge by; None: the calibration samples.
         tune_rate: Factor on all learning rates of fine-tuning.
     """
 
@@ -107,6 +108,7 @@ class QuantConfig:
     tune_signs: bool = False
     tune_epochs: int = 2
     tune_steps: int = 200
+    tune_samples: int | None = None
     tune_rate: float = 1.0
 
     def __post_init__(self) -> None:
@@ -188,8 +190,9 @@ class QuantConfig:
         for option, value in (
             ("--tune-epochs", self.tune_epochs),
             ("--tune-steps", self.tune_steps),
+            ("--tune-samples", self.tune_samples),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise RequestError(
                     f"{option} {value} is below 1. Use --tune none to train nothing."
                 )

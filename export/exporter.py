@@ -217,7 +217,10 @@ def _quantize(
     if options.method == "none":
         return quantize_model(vlm, [], options), None
     batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
-    return quantize_and_tune(vlm, batches, options, tell, work_folder)
+    tuning = None
+    if options.tune != "none" and options.tune_samples is not None:
+        tuning = make_batches(vlm.prepare, items, options.tune_samples, options.seed)
+    return quantize_and_tune(vlm, batches, options, tell, work_folder, tuning)
 
 
 def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) -> Vocabulary:

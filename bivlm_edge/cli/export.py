@@ -133,6 +133,12 @@ def export(
             help="Steps of up to four batches, with --tune end-to-end or both.",
         ),
     ] = 200,
+    tune_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--tune-samples", help="Pictures to tune on.", show_default="those of the calibration"
+        ),
+    ] = None,
     tune_rate: Annotated[
         float, typer.Option("--tune-rate", help="Factor on the learning rates, with --tune.")
     ] = 1.0,
@@ -197,6 +203,7 @@ def export(
             tune_signs=tune_signs,
             tune_epochs=tune_epochs,
             tune_steps=tune_steps,
+            tune_samples=tune_samples,
             tune_rate=tune_rate,
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]

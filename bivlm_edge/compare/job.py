@@ -28,7 +28,7 @@ from bivlm_edge.datasets import VqaItem, load_easy_vqa, load_jsonl
 from bivlm_edge.errors import BivlmError
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.language_model import LanguageModel, load_model
-from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
+from bivlm_edge.quant.quantizer import QuantizedModel
 from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.runtime.evaluate import Score
 from bivlm_edge.runtime.process_memory import memory_bytes
@@ -94,23 +94,26 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
         def evaluate() -> dict[str, Any]:
             return _read(language_model, windows, tell)
 
-    batches = _calibration(model, job, config)
+    batches = _calibration(model, job, config, config.calibration_samples)
+    tuning = None
+    if config.tune != "none" and config.tune_samples is not None:
+        tuning = _calibration(model, job, config, config.tune_samples)
     started = time.perf_counter()
     if config.method == "none":
-        quantized, tuning = quantize_model(model, [], config), None
+        quantized, tuned = quantize_model(model, [], config), None
     else:
-        quantized, tuning = quantize_and_tune(model, batches, config, tell)
+        quantized, tuned = quantize_and_tune(model, batches, config, tell, tuning_batches=tuning)
     if quantized.weights:
         round_vocabulary(model.module)  # as an export does
     seconds = time.perf_counter() - started
-    del batches
+    del batches, tuning
     quantization_peak = _peak_mb()
     started = time.perf_counter()
     found = evaluate()
     return {
         **_bits(quantized),
         **found,
-        "tuning": None if tuning is None else tuning.to_json(),
+        "tuning": None if tuned is None else tuned.to_json(),
         "seconds": round(seconds, 2),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
         "peak_mb": _peak_mb(),
@@ -125,17 +128,15 @@ def questions(job: Job) -> list[VqaItem]:
 
 
 def _calibration(
-    model: VisionLanguageModel | LanguageModel, job: Job, config: QuantConfig
+    model: VisionLanguageModel | LanguageModel, job: Job, config: QuantConfig, samples: int
 ) -> Sequence[dict[str, Tensor]]:
     if config.method == "none":
         return []
     if isinstance(model, LanguageModel):
-        return calibration_batches(
-            model, config.calibration_samples, config.seed, source=job.calibration
-        )
+        return calibration_batches(model, samples, config.seed, source=job.calibration)
     own = job.calibration
     items = load_easy_vqa("train") if own is None else items_from_folder(Path(own))
-    return make_batches(model.prepare, items, config.calibration_samples, config.seed)
+    return make_batches(model.prepare, items, samples, config.seed)
 
 
 def _bits(quantized: QuantizedModel) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bivlm_edge.calibration.capture import Batch, Blocks, Call, advance, capture
 from bivlm_edge.quant.packed import BinaryWeight
+from bivlm_edge.quant.quantizer import linear_layers
 from bivlm_edge.tuning.objective import fast_products
 from bivlm_edge.tuning.planes import PlaneWeight
 from bivlm_edge.tuning.trainer import (
@@ -61,6 +62,7 @@ def tune_blocks(
         All weights, norms and biases afterwards, and per block its mean squared error relative to
         the float block's outputs, held out, before and after.
     """
+    floats = linear_layers(float_module)
     blocks = sum(len(sequence.blocks) for sequence in sequences)
     state = State(dict(packed), {})
     log: list[dict[str, float]] = []
@@ -81,7 +83,7 @@ def tune_blocks(
                 advance(float_module.get_submodule(name), float_calls)
             targets = [call.hidden for call in float_calls]
             own = {
-                key: PlaneWeight(weight, float_module.get_submodule(key).weight if signs else None)
+                key: PlaneWeight(weight, floats[key].weight if signs else None)
                 for key, weight in packed.items()
                 if key.startswith(f"{name}.")
             }
@@ -126,7 +128,7 @@ def _tune_block(
     def backward() -> tuple[float, int]:
         number = next(feed)
         loss = error(number) / targets[number].float().square().sum().clamp_min(1e-30)
-        loss.backward()
+        torch.autograd.backward(loss)
         return float(loss.detach()), 1
 
     @torch.no_grad()

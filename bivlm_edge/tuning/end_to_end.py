@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import nn
 
 from bivlm_edge.calibration.capture import Batch
@@ -63,7 +64,7 @@ def _backward(module: nn.Module, parts: Sequence[Batch], teacher: Teacher) -> tu
     for part in parts:
         with fast_products():
             value, _ = divergence(module, part, teacher.hidden(part))
-        (value / max(positions, 1)).backward()
+        torch.autograd.backward(value / max(positions, 1))
         total += float(value.detach())
     return total, positions
 

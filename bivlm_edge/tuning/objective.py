@@ -153,7 +153,8 @@ def divergence(module: nn.Module, batch: Batch, teacher: Tensor) -> tuple[Tensor
         teacher: `Teacher.hidden` of the same batch.
     """
     hidden = head_inputs(module, batch)
-    total: Tensor = _Divergence.apply(hidden, teacher, head_of(module))
+    apply: Any = _Divergence.apply
+    total: Tensor = apply(hidden, teacher, head_of(module))
     return total, len(hidden)
 
 

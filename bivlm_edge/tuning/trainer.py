@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bivlm_edge.errors import TuningError
 from bivlm_edge.quant.packed import BinaryWeight
+from bivlm_edge.quant.quantizer import linear_layers
 from bivlm_edge.tuning.planes import PlaneWeight
 
 Progress = Callable[[str, int, int], None]
@@ -68,7 +69,8 @@ class Trainer:
         rates: Rates,
         steps: int,
     ) -> None:
-        self._layers = {name: module.get_submodule(name) for name in weights}
+        layers = linear_layers(module)
+        self._layers = {name: layers[name] for name in weights}
         self.weights = weights
         self.vectors = vectors
         groups = []
@@ -145,8 +147,9 @@ def learning_rate_factor(step: int, steps: int) -> float:
 @torch.no_grad()
 def restore(module: nn.Module, state: State) -> None:
     """Leave a state's dequantized weights, norms and biases in a module."""
+    layers = linear_layers(module)
     for name, packed in state.packed.items():
-        module.get_submodule(name).weight.copy_(torch.from_numpy(packed.dequantize()))
+        layers[name].weight.copy_(torch.from_numpy(packed.dequantize()))
     for name, vector in state.vectors.items():
         module.get_parameter(name).copy_(vector)
 

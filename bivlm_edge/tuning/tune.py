@@ -16,7 +16,13 @@ from bivlm_edge.calibration.capture import Batch
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.packed import BinaryWeight
-from bivlm_edge.quant.quantizer import Progress, QuantizableModel, QuantizedModel, quantize_model
+from bivlm_edge.quant.quantizer import (
+    Progress,
+    QuantizableModel,
+    QuantizedModel,
+    linear_layers,
+    quantize_model,
+)
 from bivlm_edge.tuning.blocks import tune_blocks
 from bivlm_edge.tuning.end_to_end import tune_end_to_end
 from bivlm_edge.tuning.objective import Teacher, compute_dtype, mean_divergence
@@ -78,14 +84,15 @@ def quantize_and_tune(
         The quantized model, and what fine-tuning did, None without it.
 
     Raises:
-        Errors of `quantize_model` and `tune_model`.
+        RequestError: the model is streamed from disk; and the errors of `quantize_model` and
+            `tune_model`.
     """
     if config.tune == "none":
         return quantize_model(vlm, batches, config, progress, work_folder), None
     if getattr(vlm, "streamed", None) is not None:
         raise RequestError(
-            "--tune trains on the whole model in memory, but the blocks of this one stay on disk "
-            "(--stream). Choose --tune none, or a machine with more memory."
+            f"--tune {config.tune} needs the whole model in memory, and this one stays on disk. "
+            "Leave out --stream, or use --tune none."
         )
     used = batches if tuning_batches is None else tuning_batches
     split_batches(used)
@@ -228,10 +235,9 @@ def _tune_end_to_end(
     tell: Progress,
 ) -> tuple[State | None, _Entries]:
     module, steps = vlm.module, config.tune_steps
+    floats = linear_layers(teacher.module)
     weights = {
-        name: PlaneWeight(
-            weight, teacher.module.get_submodule(name).weight if config.tune_signs else None
-        )
+        name: PlaneWeight(weight, floats[name].weight if config.tune_signs else None)
         for name, weight in packed.items()
     }
     rates = RATES.times(config.tune_rate)

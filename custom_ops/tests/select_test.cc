@@ -72,7 +72,8 @@ void X86Build(Checker* check) {
   ExpectName(check, isa::kAvx2 | isa::kAvx512, "avx512vbmi", "none");
   ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kVbmiGfni, "", "avx512vbmi");
   ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kVbmiGfni, "avx512", "avx512");
-  ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kAmxInt8, "", "amx");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kAmxInt8, "", "avx512");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kVbmiGfni | isa::kAmxInt8, "", "amx");
   ExpectName(check, isa::kAvxVnni, "avxvnni", "none");
   ExpectName(check, isa::kAvx2 | isa::kAvxVnni, "", "avxvnni");
   ExpectName(check, isa::kAvx2 | isa::kAvxVnni | isa::kAvx512, "", "avx512");

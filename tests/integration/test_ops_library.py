@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -65,17 +66,61 @@ def _model(make_model: Callable[..., Any], packed: Any, x: Array, **more: Any) -
     return model
 
 
+def _wide_rounding(packed: Any, v: Array) -> Array:
+    """Bound the error that the wide lookup rule of OPS.md, section Numbers, allows for rounding.
+
+    Args:
+        packed: The weight.
+        v: Transformed activations, (..., Kp).
+
+    Returns:
+        One bound per output, (..., N).
+    """
+    n = packed.attributes["N"]
+    bound = np.zeros((*v.shape[:-1], n))
+    # |v| as (.., chunk, t, i, e); a group is all i
+    part = np.abs(v).reshape(*v.shape[:-1], -1, 4, 4, 4)
+    ends = sorted({alpha.shape[1] for alpha in packed.alpha})
+    for begin, end in itertools.pairwise([0, *ends]):
+        alphas = [np.abs(alpha[:n, begin]) for alpha in packed.alpha if begin < alpha.shape[1]]
+        runs = (end - begin) // 5
+        units = [
+            (part[..., [first, first + 1], :, :, :], part[..., first + rest, :, fifths, :])
+            for first, rest, fifths in (
+                (begin + 5 * run + half, 4 - half, slice(half, half + 2))
+                for run in range(runs)
+                for half in (0, 2)
+            )
+        ]
+        left = range(begin + 5 * runs, end, 2)
+        units += [(part[..., at : min(at + 2, end), :, :, :], None) for at in left]
+        for chunks, fifth in units:
+            groups = chunks.sum(axis=-2)  # (.., chunk, t, e)
+            if fifth is not None:
+                groups = groups + np.swapaxes(fifth, -3, -2)
+            groups = groups.reshape(*v.shape[:-1], -1)
+            scale = groups.max(axis=-1, keepdims=True) / 127
+            for pair in (alphas[:2], alphas[2:]):
+                step = np.max(pair, axis=0) / 127 if len(pair) == 2 else 0.0
+                for alpha in pair:
+                    bound = bound + groups.shape[-1] * 0.501 * scale * (alpha + step / 2)
+                    bound = bound + 0.501 * step * groups.sum(axis=-1, keepdims=True)
+    return bound
+
+
 def _rounding(packed: Any, v: Array, *, rule: str) -> Array:
     """Bound the error that a rule of OPS.md, section Numbers, allows for rounding.
 
     Args:
         packed: The weight.
         v: Transformed activations, (..., Kp).
-        rule: "int8" or "lookup".
+        rule: "int8", "lookup" or "wide lookup".
 
     Returns:
         One bound per output, (..., N).
     """
+    if rule == "wide lookup":
+        return _wide_rounding(packed, v)
     n = packed.attributes["N"]
     bound = np.zeros((*v.shape[:-1], n))
     for chunk in range(v.shape[-1] // 64):
@@ -122,17 +167,21 @@ def _require_contract(packed: Any, x: Array, y: Array, *, kernel: str) -> None:
         x, packed.signs, packed.order, k, packed.attributes.get("hadamard_block", 0)
     )
     weight = reference.unpack(packed.codes, packed.coefficients, n, columns)
-    rules = {"int8", "lookup"} if kernel == "" else {"int8"}
-    if kernel == "avx512vbmi" and x.size // k <= 4:
-        rules = {"lookup"}
+    few = x.size // k <= 4
+    if kernel == "":
+        rules = {"int8", "lookup" if few else "wide lookup"}
     elif kernel == "generic":
         rules = set()
+    elif few and kernel in ("avx512vbmi", "amx"):
+        rules = {"lookup"}
+    else:
+        rules = {"wide lookup" if kernel == "avx512vbmi" else "int8"}
     # where planes cancel, sums of single planes are rounded more than those of their levels
     planes = sum(
         np.abs(v[..., : 64 * alpha.shape[1]]) @ np.repeat(np.abs(alpha[:n]), 64, axis=1).T
         for alpha in packed.alpha
     )
-    float_sums = planes if "lookup" in rules else np.abs(v) @ np.abs(weight).T
+    float_sums = np.abs(v) @ np.abs(weight).T if rules <= {"int8"} else planes
     bound = 2 * columns[0] * 2.0**-23 * float_sums
     if rules:
         bound = bound + np.max([_rounding(packed, v, rule=rule) for rule in rules], axis=0)

@@ -99,10 +99,7 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
     if config.tune != "none" and config.tune_samples is not None:
         tuning = _calibration(model, job, config, config.tune_samples)
     started = time.perf_counter()
-    if config.method == "none":
-        quantized, tuned = quantize_model(model, [], config), None
-    else:
-        quantized, tuned = quantize_and_tune(model, batches, config, tell, tuning_batches=tuning)
+    quantized, tuned = quantize_and_tune(model, batches, config, tell, tuning_batches=tuning)
     if quantized.weights:
         round_vocabulary(model.module)  # as an export does
     seconds = time.perf_counter() - started

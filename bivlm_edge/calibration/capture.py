@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -124,6 +125,19 @@ class FixedWeights:
         return self.weights
 
 
+class Reference(Protocol):
+    """The float model beside the one that is walked through: `float_stream.FloatStream`."""
+
+    def enter(self, part: str, block: nn.Module) -> None:
+        """Begin with a block of `part`, before any layer in it is changed."""
+
+    def run(self, block: nn.Module, batch: int) -> Tensor:
+        """Run the block as in the float model."""
+
+    def advance(self, block: nn.Module) -> None:
+        """Go on behind the block."""
+
+
 class Stopped(Exception):  # noqa: N818 - control flow, not an error
     """Everything wanted of this forward pass has been seen."""
 
@@ -134,6 +148,7 @@ def walk(
     batches: Sequence[Batch],
     weighting: Weighting | None = None,
     restore: Callable[[Mapping[str, nn.Linear]], bool] | None = None,
+    reference: Reference | None = None,
 ) -> Iterator[LayerGroup]:
     """Yield the groups of linear layers in order of execution, each with fresh statistics.
 
@@ -150,6 +165,8 @@ def walk(
             all rows alike.
         restore: Called with the layers of every group before anything is measured; true if their
             final weights were known and are in place now, so that the group is not yielded.
+        reference: Gives what the layers see in the float model; with it the statistics hold
+            `Moments.cross`.
 
     Raises:
         DataError: The input of a layer is not finite; the message names layer and batch.
@@ -161,14 +178,18 @@ def walk(
         for number, (name, block) in enumerate(sequence.blocks):
             prefix = f"{name}." if name else ""
             weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
+            if reference is not None:
+                reference.enter(sequence.name, block)
             for layers in _shared_inputs(block, calls[0]):
                 named = {prefix + local: layer for local, layer in layers.items()}
                 if restore is not None and restore(named):
                     continue
-                inputs, weighted = _collect(block, calls, named, weights)
+                inputs, weighted = _collect(block, calls, named, weights, reference)
                 yield LayerGroup(sequence.name, named, inputs, weighted)
             if number + 1 < len(sequence.blocks):
                 _advance(block, calls)
+                if reference is not None:
+                    reference.advance(block)
 
 
 @torch.no_grad()
@@ -235,6 +256,7 @@ def _collect(
     calls: Sequence[Call],
     layers: Mapping[str, nn.Linear],
     token_weights: TokenWeights,
+    reference: Reference | None,
 ) -> tuple[InputStatistics, dict[str, InputStatistics]]:
     """Statistics of the input that `layers` share: plain, and by name with token weights.
 
@@ -247,22 +269,29 @@ def _collect(
         for name in layers
         if name in token_weights
     }
-    current = 0
+    seen: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].reshape(-1, first.in_features)
-        _check_finite(rows, next(iter(layers)), current)
-        plain.add(rows, current)
-        for name, collector in weighted.items():
-            collector.add(rows, current, token_weights[name][current])
+        seen.append(args[0].reshape(-1, first.in_features))
         raise Stopped
+
+    def input_during(run: Callable[[], Tensor]) -> Tensor | None:
+        seen.clear()
+        with suppress(Stopped):
+            run()
+        return seen[0] if seen else None
 
     handle = first.register_forward_pre_hook(hook)
     try:
         for number, call in enumerate(calls):
-            current = number
-            with suppress(Stopped):
-                call.run(block)
+            rows = input_during(partial(call.run, block))
+            if rows is None:
+                continue
+            _check_finite(rows, next(iter(layers)), number)
+            original = input_during(partial(reference.run, block, number)) if reference else None
+            plain.add(rows, number, reference=original)
+            for name, collector in weighted.items():
+                collector.add(rows, number, token_weights[name][number], original)
     finally:
         handle.remove()
     statistics = plain.finish()

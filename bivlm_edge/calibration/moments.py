@@ -19,12 +19,17 @@ class Moments:
         mean: E[x], float64 (k,).
         rows: Number of rows.
         weight: Sum of their weights; the number of rows where all weigh 1.
+        cross: E[f x^T] with f the row that the float model has in place of x, float64 (k, k), or
+            None.
+        reference_mean: E[f], float64 (k,), or None.
     """
 
     hessian: Tensor
     mean: Tensor
     rows: int
     weight: float
+    cross: Tensor | None = None
+    reference_mean: Tensor | None = None
 
     def around(self, center: Tensor) -> Tensor:
         """E[(x - center)(x - center)^T], float64 (k, k)."""
@@ -48,19 +53,36 @@ class _Accumulator:
         self.sums = torch.zeros(k, dtype=torch.float64)
         self.rows = 0
         self.weight = 0.0
+        self.cross: Tensor | None = None
+        self.reference_sums: Tensor | None = None
 
-    def add(self, rows: Tensor, weights: Tensor | None) -> None:
+    def add(self, rows: Tensor, weights: Tensor | None, reference: Tensor | None) -> None:
         rows = rows.float()
         weighted = rows if weights is None else rows * weights.float()[:, None]
         self.squares += (weighted.T @ rows).double()
         self.sums += weighted.sum(dim=0, dtype=torch.float64)
         self.rows += len(rows)
         self.weight += float(len(rows)) if weights is None else float(weights.double().sum())
+        if reference is not None:
+            if self.cross is None or self.reference_sums is None:
+                self.cross = torch.zeros_like(self.squares)
+                self.reference_sums = torch.zeros_like(self.sums)
+            original = reference.float()
+            self.cross += (original.T @ weighted).double()
+            by_weight = original if weights is None else original * weights.float()[:, None]
+            self.reference_sums += by_weight.sum(dim=0, dtype=torch.float64)
 
     def finish(self) -> Moments:
         total = self.weight if self.weight > 0 else 1.0
         squares = (self.squares + self.squares.T) / (2 * total)
-        return Moments(squares, self.sums / total, self.rows, self.weight)
+        return Moments(
+            squares,
+            self.sums / total,
+            self.rows,
+            self.weight,
+            None if self.cross is None else self.cross / total,
+            None if self.reference_sums is None else self.reference_sums / total,
+        )
 
 
 class StatisticsCollector:
@@ -76,10 +98,20 @@ class StatisticsCollector:
         self._fit = _Accumulator(k)
         self._held_out = _Accumulator(k)
 
-    def add(self, rows: Tensor, batch: int, weights: Tensor | None = None) -> None:
-        """Add rows (t, k) of batch number `batch`, with weights (t,) or all alike."""
+    def add(
+        self,
+        rows: Tensor,
+        batch: int,
+        weights: Tensor | None = None,
+        reference: Tensor | None = None,
+    ) -> None:
+        """Add rows (t, k) of batch number `batch`, with weights (t,) or all alike.
+
+        `reference` (t, k) holds the rows that the float model has in their place; it is given for
+        all rows or for none.
+        """
         held_out = is_held_out(batch, self._batches)
-        (self._held_out if held_out else self._fit).add(rows, weights)
+        (self._held_out if held_out else self._fit).add(rows, weights, reference)
 
     def finish(self) -> InputStatistics:
         """The averages of everything that was added.

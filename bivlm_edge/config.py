@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -9,14 +10,18 @@ from typing import Any, Literal, get_args
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant import methods
 
+Grid = Literal["minmax", "lloyd"]
 Importance = Literal["none", "vlmq", "loss"]
+Tuning = Literal["none", "blocks", "end-to-end", "both"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
 
 METHODS = (*methods.names(), "none")
+GRIDS: tuple[str, ...] = get_args(Grid)
 IMPORTANCES: tuple[str, ...] = get_args(Importance)
 STAGES = methods.declaration("bivlm-edge").stages
+TUNINGS: tuple[str, ...] = get_args(Tuning)
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -44,6 +49,17 @@ def _check_bits(bits: float, method: str) -> None:
         )
 
 
+def _check_operator(quant: QuantConfig) -> None:
+    """Refuse codes of a width that the exported graph has no operator for."""
+    declared = methods.declaration(quant.method)
+    if declared.bits and quant.bits not in declared.exported_bits:
+        raise RequestError(
+            f"--bits {quant.bits:g} with --method {quant.method} cannot be exported: ONNX Runtime "
+            f"has no operator for such codes. Choose {_listed(declared.exported_bits)}, or "
+            "--method bivlm-edge."
+        )
+
+
 def _listed(values: tuple[float, ...]) -> str:
     *first, last = (f"{value:g}" for value in values)
     return f"{', '.join(first)} or {last}" if first else last
@@ -56,24 +72,43 @@ class QuantConfig:
     Attributes:
         method: One of METHODS. `none` keeps float weights.
         bits: True bits per weight over all quantized layers for `bivlm-edge` (1.0 to 4.0), code
-            bits for `gptq` and `rtn` (2, 4 or 8); the other methods have their own and ignore it.
-            What a method accepts is declared in its file (`quant/methods`).
+            bits for `gptq` and `rtn` (2, 3, 4 or 8; 3 cannot be exported); the other methods have
+            their own and ignore it. What a method accepts is declared in its file
+            (`quant/methods`).
         seed: Seed of the Hadamard signs and of everything else that is drawn.
         calibration_samples: Image and prompt pairs that calibrate the Hessians.
-        n_uns: `bivlm-paper`: number of unsalient groups.
+        grid: `gptq`: `minmax`, an affine grid per group, or `lloyd`, a codebook per row (compared,
+            not deployed).
+        n_uns: `bivlm-paper`: number of unsalient groups, 1 to 6.
+        paper_exact: `bivlm-paper`: salient codes by equation 14 as printed.
         importance: How much each token counts in the Hessians: `none`, all alike; `vlmq`, by the
             gradient of each attention block's error; `loss`, by that of the answer. None: the
             method's own, `loss` for `bivlm-edge`, `none` for all others.
         without: Names of STAGES that are switched off; kept sorted.
+        n_uns: `bivlm-paper`: number of unsalient groups.
+        tune: How coefficients, norms and biases are trained on the calibration samples after
+            quantization: each block towards the outputs of the float block, all of them towards
+            the float model's answers, or one after the other; one of TUNINGS.
+        tune_signs: Train the signs of the planes as well.
+        tune_epochs: Passes over the samples per block.
+        tune_steps: Steps end to end, each of up to four batches (about 2,048 tokens).
+        tune_rate: Factor on all learning rates of fine-tuning.
     """
 
     method: str = "bivlm-edge"
     bits: float = 2.0
     seed: int = 0
     calibration_samples: int = 512
+    grid: Grid = "minmax"
     n_uns: int = 5
+    paper_exact: bool = False
     importance: str | None = None
     without: Collection[str] = ()
+    tune: Tuning = "none"
+    tune_signs: bool = False
+    tune_epochs: int = 2
+    tune_steps: int = 200
+    tune_rate: float = 1.0
 
     def __post_init__(self) -> None:
         _require_choice("--method", self.method, METHODS)
@@ -86,8 +121,24 @@ class QuantConfig:
             raise RequestError(
                 f"calibration needs at least one sample, got {self.calibration_samples}."
             )
+        _require_choice("--grid", self.grid, GRIDS)
         if not 1 <= self.n_uns <= 6:
-            raise RequestError(f"n_uns {self.n_uns} is outside 1 to 6.")
+            raise RequestError(
+                f"--n-uns {self.n_uns} is outside 1 to 6, the numbers of unsalient groups that "
+                "Bi-VLM has. Choose one of these."
+            )
+        self._check_owner("grid", self.grid, "minmax")
+        self._check_owner("n_uns", self.n_uns, 5)
+        self._check_owner("paper_exact", self.paper_exact, False)
+
+    def _check_owner(self, option: str, value: object, default: object) -> None:
+        """Refuse an option that the method would not read."""
+        owners = [name for name in methods.names() if option in methods.declaration(name).options]
+        if value != default and self.method not in owners:
+            raise RequestError(
+                f"--{option.replace('_', '-')} does not go with --method {self.method}, which does "
+                f"not read it. Leave it out, or choose --method {' or '.join(owners)}."
+            )
 
     @property
     def token_weights(self) -> str:
@@ -123,6 +174,30 @@ class QuantConfig:
                 raise RequestError(
                     f"--without {name} names no stage of --method {self.method}. {accepted}"
                 )
+            raise RequestError(f"n_uns {self.n_uns} is outside 1 to 6.")
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        _require_choice("--tune", self.tune, TUNINGS)
+        if self.tune != "none" and self.method != "bivlm-edge":
+            raise RequestError(
+                f"--tune {self.tune} trains the coefficients of bit planes, which --method "
+                f"{self.method} does not make. Use --method bivlm-edge, or --tune none."
+            )
+        if self.tune == "none" and self.tune_signs:
+            raise RequestError("--tune-signs needs --tune blocks, end-to-end or both.")
+        for option, value in (
+            ("--tune-epochs", self.tune_epochs),
+            ("--tune-steps", self.tune_steps),
+        ):
+            if value < 1:
+                raise RequestError(
+                    f"{option} {value} is below 1. Use --tune none to train nothing."
+                )
+        if not 0.0 < self.tune_rate < math.inf:
+            raise RequestError(
+                f"--tune-rate {self.tune_rate:g} is not a positive factor; 1 is the usual rate."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +245,8 @@ class ExportConfig:
         _require_choice("--dtype", self.dtype, DTYPES)
         _require_choice("--fallback", self.fallback, FALLBACKS)
         _require_choice("--opset", self.opset, OPSETS)
+        if self.quant.method != "none":
+            _check_operator(self.quant)
         if self.prune.is_active and self.prune.mode == "random" and self.fallback != "none":
             raise RequestError(
                 "--prune-mode random has no form in standard operators. "

@@ -40,6 +40,12 @@ class OpsLibraryError(BivlmError):
     """The operator library is missing or does not fit the installed ONNX Runtime."""
 
 
+class TuningError(BivlmError):
+    """Fine-tuning broke down; the quantized model is as it was before."""
+
+    exit_code = 1
+
+
 class ValidationError(BivlmError):
     """The exported graph does not compute what the quantized model computes."""
 

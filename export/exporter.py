@@ -33,6 +33,7 @@ from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
 from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.quant.weights import GroupWeight
+from bivlm_edge.tuning import TuningReport, quantize_and_tune
 
 logger = logging.getLogger(__name__)
 
@@ -104,14 +105,15 @@ def export_model(
     custom_ops_library()  # validation needs it: better missed now than after quantizing
     tell = progress or _tell_nobody
     started = time.perf_counter()
-    quantized = _quantize(vlm, items, config.quant, tell, work_folder)
+    quantized, tuning = _quantize(vlm, items, config.quant, tell, work_folder)
     vocabulary = _quantize_vocabulary(vlm, quantized)
     quantized.skipped.update(tables_in_float(vlm, vocabulary.table))
     dtype = torch.float16 if config.dtype == "fp16" else torch.float32
     weights = {**quantized.weights, **vocabulary.head}
     parameters = count_parameters(vlm.module)
     with staging(paths, overwrite=overwrite) as staged:
-        with parts.installed(vlm, weights, dtype):
+        paused = vlm.streamed.paused() if vlm.streamed else contextlib.nullcontext()
+        with parts.installed(vlm, weights, dtype), paused:
             written = write_bundle(vlm, vocabulary.table, staged, dtype, config, tell)
         tell("validating", 0, 1)
         samples = _validation_samples(vlm, items)
@@ -120,6 +122,7 @@ def export_model(
         report = build_report(
             vlm, quantized, written.account, comparisons, staged, config, parameters
         )
+        report["tuning"] = None if tuning is None else tuning.to_json()
         report["seconds"] = round(time.perf_counter() - started, 1)
         assets.write_report(report, staged.assets, paths.graph.name)
     return ExportResult(paths, report)
@@ -197,11 +200,11 @@ def _quantize(
     options: QuantConfig,
     tell: Progress,
     work_folder: Path | None,
-) -> QuantizedModel:
+) -> tuple[QuantizedModel, TuningReport | None]:
     if options.method == "none":
-        return quantize_model(vlm, [], options)
+        return quantize_model(vlm, [], options), None
     batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
-    return quantize_model(vlm, batches, options, tell, work_folder)
+    return quantize_and_tune(vlm, batches, options, tell, work_folder)
 
 
 def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) -> Vocabulary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -148,6 +148,7 @@ def walk(
     batches: Sequence[Batch],
     weighting: Weighting | None = None,
     restore: Callable[[Mapping[str, nn.Linear]], bool] | None = None,
+    held: Callable[[str], AbstractContextManager[None]] | None = None,
     reference: Reference | None = None,
 ) -> Iterator[LayerGroup]:
     """Yield the groups of linear layers in order of execution, each with fresh statistics.
@@ -165,6 +166,8 @@ def walk(
             all rows alike.
         restore: Called with the layers of every group before anything is measured; true if their
             final weights were known and are in place now, so that the group is not yielded.
+        held: Called with a block's name; the block's weights are in memory inside what it returns
+            (`models.streaming`). None: they always are.
         reference: Gives what the layers see in the float model; with it the statistics hold
             `Moments.cross`.
 
@@ -175,21 +178,38 @@ def walk(
         if not sequence.blocks:
             continue
         calls = [capture(module, sequence.blocks[0][1], batch) for batch in batches]
-        for number, (name, block) in enumerate(sequence.blocks):
-            prefix = f"{name}." if name else ""
-            weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
-            if reference is not None:
-                reference.enter(sequence.name, block)
-            for layers in _shared_inputs(block, calls[0]):
-                named = {prefix + local: layer for local, layer in layers.items()}
-                if restore is not None and restore(named):
-                    continue
-                inputs, weighted = _collect(block, calls, named, weights, reference)
-                yield LayerGroup(sequence.name, named, inputs, weighted)
-            if number + 1 < len(sequence.blocks):
-                _advance(block, calls)
-                if reference is not None:
-                    reference.advance(block)
+        last = sequence.blocks[-1][0]
+        for name, block in sequence.blocks:
+            with held(name) if held else nullcontext():
+                yield from _walk_block(
+                    sequence.name, name, block, calls, weighting, restore, reference
+                )
+                if name != last:
+                    advance(block, calls)
+                    if reference is not None:
+                        reference.advance(block)
+
+
+def _walk_block(
+    part: str,
+    name: str,
+    block: nn.Module,
+    calls: Sequence[Call],
+    weighting: Weighting | None,
+    restore: Callable[[Mapping[str, nn.Linear]], bool] | None,
+    reference: Reference | None,
+) -> Iterator[LayerGroup]:
+    """Yield the groups of one block; see `walk`."""
+    prefix = f"{name}." if name else ""
+    weights = weighting.weigh(part, name, block, calls) if weighting else {}
+    if reference is not None:
+        reference.enter(part, block)
+    for layers in _shared_inputs(block, calls[0]):
+        named = {prefix + local: layer for local, layer in layers.items()}
+        if restore is not None and restore(named):
+            continue
+        inputs, weighted = _collect(block, calls, named, weights, reference)
+        yield LayerGroup(part, named, inputs, weighted)
 
 
 @torch.no_grad()
@@ -201,7 +221,7 @@ def capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
         captured.append(Call(args, dict(kwargs)))
         raise Stopped
 
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    handle = block.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
         with suppress(Stopped):
             module(**{key: value for key, value in batch.items() if key != LABELS})
@@ -314,7 +334,7 @@ def _check_finite(rows: Tensor, name: str, batch: int) -> None:
 
 
 @torch.no_grad()
-def _advance(block: nn.Module, calls: Sequence[Call]) -> None:
+def advance(block: nn.Module, calls: Sequence[Call]) -> None:
     """Replace each call's hidden states by the block's output."""
     for call in calls:
         call.replace_hidden(call.run(block))

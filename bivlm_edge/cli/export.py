@@ -22,9 +22,11 @@ from bivlm_edge.cli.common import (
 from bivlm_edge.config import (
     DTYPES,
     FALLBACKS,
+    GRIDS,
     METHODS,
     PRUNE_MODES,
     STAGES,
+    TUNINGS,
     ExportConfig,
     PruneConfig,
     QuantConfig,
@@ -56,8 +58,25 @@ def export(
     method: Annotated[str, typer.Option("--method", help=_choices(METHODS))] = "bivlm-edge",
     bits: Annotated[
         float,
-        typer.Option("--bits", help="True bits per weight, all scales and padding counted."),
+        typer.Option(
+            "--bits",
+            help="True bits per weight, all scales and padding counted; gptq and rtn: bits of a "
+            "code (2, 4 or 8).",
+        ),
     ] = 2.0,
+    grid: Annotated[
+        str,
+        typer.Option("--grid", help=f"gptq: levels per group or per row: {_choices(GRIDS)}"),
+    ] = "minmax",
+    n_uns: Annotated[
+        int, typer.Option("--n-uns", help="bivlm-paper: unsalient groups, 1 to 6.")
+    ] = 5,
+    paper_exact: Annotated[
+        bool,
+        typer.Option(
+            "--paper-exact", help="bivlm-paper: salient codes by equation 14 as it is printed."
+        ),
+    ] = False,
     importance: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +111,30 @@ def export(
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", help="Pictures to calibrate on.")
     ] = 512,
+    tune: Annotated[
+        str,
+        typer.Option(
+            "--tune",
+            help="Train coefficients, norms and biases on the calibration pictures towards the "
+            f"float model: {_choices(TUNINGS)}",
+        ),
+    ] = "none",
+    tune_signs: Annotated[
+        bool, typer.Option("--tune-signs", help="Train the signs as well, with --tune.")
+    ] = False,
+    tune_epochs: Annotated[
+        int, typer.Option("--tune-epochs", help="Passes per block, with --tune blocks or both.")
+    ] = 2,
+    tune_steps: Annotated[
+        int,
+        typer.Option(
+            "--tune-steps",
+            help="Steps of up to four batches, with --tune end-to-end or both.",
+        ),
+    ] = 200,
+    tune_rate: Annotated[
+        float, typer.Option("--tune-rate", help="Factor on the learning rates, with --tune.")
+    ] = 1.0,
     dtype: Annotated[
         str, typer.Option("--dtype", help=f"Activations and KV cache: {_choices(DTYPES)}")
     ] = "fp32",
@@ -111,6 +154,14 @@ def export(
             "there, with the same result.",
         ),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Leave the float weights of blocks on disk until they are used.",
+            show_default="if they exceed half of the available memory",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing export.")
     ] = False,
@@ -126,6 +177,7 @@ def export(
       bivlm-export model.onnx
       bivlm-export small.onnx --bits 1.5 --keep-tokens 0.25
       bivlm-export smolvlm.onnx --model ./SmolVLM-256M-Instruct --calibration ./pictures
+      bivlm-export tuned.onnx --bits 1.25 --tune both
       bivlm-export float.onnx --method none
     """
     # Options are checked before torch loads: a wrong one answers at once.
@@ -135,8 +187,16 @@ def export(
             bits=bits,
             seed=seed,
             calibration_samples=calibration_samples,
+            grid=grid,  # type: ignore[arg-type]  # checked by QuantConfig
+            n_uns=n_uns,
+            paper_exact=paper_exact,
             importance=importance,
             without=split_names(without or ()),
+            tune=tune,  # type: ignore[arg-type]  # checked by QuantConfig
+            tune_signs=tune_signs,
+            tune_epochs=tune_epochs,
+            tune_steps=tune_steps,
+            tune_rate=tune_rate,
         ),
         prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]
@@ -163,7 +223,7 @@ def export(
     logging.disable_progress_bar()  # one bar is enough
     with progress_by_name() as tell:
         items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
-        vlm = load_checkpoint(model or checkpoint_path())
+        vlm = load_checkpoint(model or checkpoint_path(), stream=stream or None)
         result = export_model(
             vlm,
             items,

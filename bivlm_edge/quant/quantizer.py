@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,11 @@ from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight, can_stack
 from bivlm_edge.quant.propagation import second_moment, target_weight
 from bivlm_edge.quant.transform import CalibratedLayer
-from bivlm_edge.quant.weights import QuantizedWeight
+from bivlm_edge.quant.weights import DenseWeight, QuantizedWeight
 from bivlm_edge.quant.work_folder import WorkFolder, describe_run, pack_weight, unpack_weight
+
+if TYPE_CHECKING:
+    from bivlm_edge.models.streaming import StreamedBlocks
 
 Progress = Callable[[str, int, int], None]
 
@@ -139,17 +144,21 @@ def quantize_model(
         return result
     if not batches:
         raise RequestError("there are no calibration batches. Give at least one.")
-    work = _open_work_folder(work_folder, vlm.module, batches, config)
-    _check_weights(vlm.module, result.skipped)
+    streamed: StreamedBlocks | None = getattr(vlm, "streamed", None)
+    held = streamed.held if streamed else None
+    work = _open_work_folder(work_folder, vlm.module, streamed, batches, config)
+    _check_weights(vlm.module, streamed, result.skipped)
     sequences = vlm.block_sequences()
     total = len(linear_layers(vlm.module)) - len(result.skipped)
     weighting: Weighting | None = None
     plans: Mapping[str, Plan] = {}
     if config.token_weights == "loss":
-        weighting = _fixed_weights(vlm, sequences, batches, config, work)
+        with streamed.recomputing() if streamed else nullcontext():
+            weighting = _fixed_weights(vlm, sequences, batches, config, work)
     needs = methods.declaration(config.method).needs
     if "budget" in needs and "model-budget" not in config.without:
-        plans = _plan(vlm.module, sequences, batches, weighting, result.skipped, config, work)
+        walk_once = partial(walk, vlm.module, sequences, batches, weighting, held=held)
+        plans = _plan(walk_once, result.skipped, config, work)
     if config.token_weights == "vlmq":
         weighting = VlmqWeighting(
             vlm.module, sequences, batches, _vision_rows(vlm.module, batches), result.modalities
@@ -162,10 +171,16 @@ def quantize_model(
         names = [name for name in layers if name not in result.skipped]
         if names and not _restore_group(names, layers, result, work):
             return False
-        _note_stacked(names, result)
+        finish(names, layers)
         return True
 
-    for group in walk(vlm.module, sequences, batches, weighting, restore, reference):
+    def finish(names: Sequence[str], layers: Mapping[str, nn.Linear]) -> None:
+        _note_stacked(names, result)
+        if streamed:
+            for name in names:
+                streamed.keep(name, result.weights[name], layers[name].bias)
+
+    for group in walk(vlm.module, sequences, batches, weighting, restore, held, reference):
         names = [name for name in group.layers if name not in result.skipped]
         if progress is not None:
             for done, name in enumerate(names, start=len(result.weights)):
@@ -175,8 +190,11 @@ def quantize_model(
         for layer, weight in zip(layers, weights, strict=True):
             result.reports.append(_install(layer, weight, group, config))
             result.weights[layer.name] = weight
-        _note_stacked(names, result)
+        finish(names, group.layers)
         _save_group(names, group.layers, result, work)
+    if streamed:
+        dense = [name for name in result.weights if isinstance(result.weights[name], DenseWeight)]
+        streamed.settle(dense)
     for name in linear_layers(vlm.module):
         if name not in result.weights:
             result.skipped.setdefault(name, "not reached by the calibration inputs")
@@ -222,22 +240,37 @@ def _note_stacked(names: Sequence[str], result: QuantizedModel) -> None:
 
 
 def _open_work_folder(
-    path: Path | None, module: nn.Module, batches: Sequence[Batch], config: QuantConfig
+    path: Path | None,
+    module: nn.Module,
+    streamed: StreamedBlocks | None,
+    batches: Sequence[Batch],
+    config: QuantConfig,
 ) -> WorkFolder:
     if path is None:
         return WorkFolder(None)
-    return WorkFolder(path, describe_run(module.state_dict().items(), batches, config))
+    tensors = (
+        (name, streamed.read(name) if streamed and tensor.is_meta else tensor)
+        for name, tensor in module.state_dict().items()
+    )
+    return WorkFolder(path, describe_run(tensors, batches, config))
 
 
-def _check_weights(module: nn.Module, skipped: Mapping[str, str]) -> None:
+def _check_weights(
+    module: nn.Module, streamed: StreamedBlocks | None, skipped: Mapping[str, str]
+) -> None:
     """Refuse weights that no method can quantize.
 
     Raises:
         CheckpointError: a weight or bias of a layer to be quantized is not finite.
     """
     for name, layer in linear_layers(module).items():
-        for kind, values in layer.named_parameters(recurse=False):
-            bad = 0 if name in skipped else int((~torch.isfinite(values)).sum())
+        for kind, parameter in layer.named_parameters(recurse=False):
+            if name in skipped:
+                continue
+            values = parameter.detach()
+            if streamed and values.is_meta:
+                values = streamed.read(f"{name}.{kind}")
+            bad = int((~torch.isfinite(values)).sum())
             if bad:
                 raise CheckpointError(
                     f"the {kind} of '{name}' holds {bad} NaN or infinite values of "
@@ -320,10 +353,7 @@ def _restore_group(
 
 @torch.no_grad()
 def _plan(
-    module: nn.Module,
-    sequences: Sequence[Blocks],
-    batches: Sequence[Batch],
-    weighting: Weighting | None,
+    walk_once: Callable[..., Iterator[LayerGroup]],
     skipped: Mapping[str, str],
     config: QuantConfig,
     work: WorkFolder,
@@ -331,6 +361,12 @@ def _plan(
     """Planes of every group of layers, from the float model: one budget for all of them together.
 
     Without the weights of `loss` the errors of layers are taken relative to their outputs.
+
+    Args:
+        walk_once: `walk`, all arguments but `restore` given.
+        skipped: Names of layers that are not quantized.
+        config: Bits and seed.
+        work: Keeps what is planned.
 
     Returns:
         Name of the group's first layer that is quantized -> plan.
@@ -355,7 +391,7 @@ def _plan(
             weights += sum(layers[name].weight.numel() for name in names)
         return True
 
-    for group in walk(module, sequences, batches, weighting, restore):
+    for group in walk_once(restore=restore):
         names = [name for name in group.layers if name not in skipped]
         layers = [_calibrated(name, group, config) for name in names]
         weights += sum(layer.weight.numel() for layer in layers)
@@ -422,7 +458,9 @@ def _quantize_group(
     options = LayerOptions(
         part=group.part,
         bits=config.bits,
+        grid=config.grid,
         n_uns=config.n_uns,
+        paper_exact=config.paper_exact,
         byte_budget=plan.nbytes if plan else int(config.bits * weights / 8),
         seed=_seed(config, group),
         without=config.without,

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bivlm_edge.errors import CheckpointError, DataError
 from bivlm_edge.quant.hadamard import block_hadamard, pack_signs
 from bivlm_edge.quant.linalg import DAMPING, inverse_factor
 from bivlm_edge.quant.packed import CHUNK, padded_columns
@@ -44,12 +45,28 @@ class CalibratedLayer:
         hessian: (k, k), E[x x^T] of the inputs to fit, centred if a bias takes up the mean; scaled
             so that the errors of different layers compare.
         held_out: The same of inputs that must not be fitted, or None.
+
+    Raises:
+        CheckpointError: the weight holds NaN or infinity.
+        DataError: the Hessian does.
     """
 
     name: str
     weight: Tensor
     hessian: Tensor
     held_out: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not bool(torch.isfinite(self.weight).all()):
+            raise CheckpointError(
+                f"the weight of '{self.name}' holds NaN or infinity. The checkpoint is damaged; "
+                "get it again."
+            )
+        if not bool(torch.isfinite(self.hessian).all()):
+            raise DataError(
+                f"the Hessian of the inputs of '{self.name}' holds NaN or infinity. Check the "
+                "calibration data, and that the float model's activations are finite."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bivlm_edge.quant.packed import BinaryWeight
 
-GROUP_BITS = (2, 4, 8)
+GROUP_BITS = (2, 3, 4, 8)
 MIN_GROUP = 16
 
 
@@ -20,7 +20,7 @@ class GroupWeight:
     Attributes:
         n: Output features.
         k: Input features.
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4 or 8; MatMulNBits has no 3, so such a weight is compared but not exported.
         group: Columns that share a scale; a power of two >= 16, as MatMulNBits demands.
         codes: uint8 (n, groups * group), one code per byte; columns from k on are padding.
         scale: float16 (n, groups).

@@ -197,6 +197,7 @@ def describe_run(
     options = {
         f"option {name}": sorted(value) if isinstance(value, frozenset) else value
         for name, value in dataclasses.asdict(config).items()
+        if not name.startswith("tune")  # what is done to the finished model
     }
     return {
         "layout of the folder": LAYOUT,

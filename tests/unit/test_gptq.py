@@ -34,7 +34,7 @@ def correlated(k: int, seed: int = 0) -> Tensor:
     return mixed.T @ mixed / len(mixed)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("k", [64, 192, 256, 100])
 def test_gptq_with_identity_hessian_is_rounding_to_nearest(bits: int, k: int) -> None:
     weight = gaussian(9, k)
@@ -46,7 +46,7 @@ def test_gptq_with_identity_hessian_is_rounding_to_nearest(bits: int, k: int) ->
     np.testing.assert_array_equal(plain.zero, compensated.zero)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_gptq_beats_rounding_on_correlated_inputs(bits: int) -> None:
     weight, hessian = gaussian(40, 300), correlated(300)
     errors = [
@@ -107,7 +107,7 @@ def test_group_is_the_largest_that_divides_the_width(k: int, group: int) -> None
 def test_group_weight_refuses_parts_that_disagree() -> None:
     good = quantize(rtn, gaussian(2, 64), torch.eye(64), LayerOptions(bits=2))
     for changes, words in (
-        ({"bits": 3}, "bits 3"),
+        ({"bits": 5}, "bits 5"),
         ({"group": 48}, "group 48"),
         ({"codes": good.codes[:, :32]}, "codes is uint8"),
         ({"zero": good.zero + np.uint8(4)}, "exceeds 3"),
@@ -153,6 +153,73 @@ def test_dead_inputs_round_to_zero() -> None:
     hessian[5] = hessian[:, 5] = 0
     packed = quantize(gptq, gaussian(4, 64), hessian, LayerOptions(bits=2))
     assert (packed.dequantize()[:, 5] == 0).all()
+
+
+def test_dead_inputs_widen_no_grid() -> None:
+    weight, hessian = gaussian(4, 64), correlated(64)
+    hessian[5] = hessian[:, 5] = 0
+    without = weight.clone()
+    without[:, 5] = 0
+    weight[:, 5] = 100
+    options = LayerOptions(bits=2)
+    found, expected = (quantize(gptq, w, hessian, options) for w in (weight, without))
+    np.testing.assert_array_equal(found.dequantize(), expected.dequantize())
+
+
+def test_three_bits_count_packed_codes_scales_and_zeros() -> None:
+    packed = quantize(rtn, gaussian(8, 256), torch.eye(256), LayerOptions(bits=3))
+    # per row 256 codes of 3 bits, two float16 scales, two 3-bit zeros in one byte
+    assert packed.nbytes == 8 * (96 + 4 + 1)
+    assert packed.codes.max() == 7
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(1, 0.3634), (2, 0.1175), (3, 0.03454)])
+def test_lloyd_levels_of_a_gaussian_leave_the_known_error(bits: int, expected: float) -> None:
+    weight = gaussian(8, 20000)
+    levels = gptq.lloyd_levels(weight, torch.ones(20000), 2**bits)
+    nearest = (weight[:, :, None] - levels[:, None]).abs().amin(dim=2)
+    assert float(nearest.square().mean()) == pytest.approx(expected, rel=0.01)
+
+
+def test_lloyd_levels_are_weighted_means_of_what_is_nearest_to_them() -> None:
+    weight, costs = gaussian(3, 200), gaussian(200, seed=1).exp()
+    levels = gptq.lloyd_levels(weight, costs, 4)
+    nearest = (weight[:, :, None] - levels[:, None]).abs().argmin(dim=2)
+    for row in range(3):
+        for index in range(4):
+            members = nearest[row] == index
+            mean = (weight[row] * costs)[members].sum() / costs[members].sum()
+            assert float(levels[row, index]) == pytest.approx(float(mean), rel=1e-4)
+
+
+def on_lloyd(weight: Tensor, hessian: Tensor, bits: int) -> DenseWeight:
+    layer = CalibratedLayer("layer", weight, hessian)
+    [packed] = gptq.quantize([layer], LayerOptions(bits=bits, grid="lloyd"))
+    assert isinstance(packed, DenseWeight)
+    return packed
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_lloyd_grid_with_identity_hessian_takes_the_nearest_level(bits: int) -> None:
+    weight = gaussian(5, 300)
+    packed = on_lloyd(weight, torch.eye(300), bits)
+    levels = gptq.lloyd_levels(weight, torch.ones(300), 2**bits).half().float()
+    places = (weight[:, :, None] - levels[:, None]).abs().argmin(dim=2)
+    np.testing.assert_array_equal(packed.dequantize(), levels.gather(1, places).numpy())
+    assert packed.true_bits == bits + 16 * 2**bits / 300
+    assert packed.claimed_bits == bits
+
+
+def test_lloyd_grid_beats_the_affine_one_with_fewer_bits() -> None:
+    weight, hessian = gaussian(40, 512), correlated(512)
+    affine = quantize(gptq, weight, hessian, LayerOptions(bits=2))
+    lloyd = on_lloyd(weight, hessian, 2)
+    errors = [
+        output_energy(torch.from_numpy(packed.dequantize()) - weight, hessian)
+        for packed in (affine, lloyd)
+    ]
+    assert errors[1] < 0.7 * errors[0]
+    assert lloyd.true_bits < affine.true_bits
 
 
 def test_compensation_across_blocks_is_that_of_one_block() -> None:

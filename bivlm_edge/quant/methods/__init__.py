@@ -10,6 +10,7 @@ for layers that see the same input, and declares at its head, as literals,
     BIT_RANGE      instead of BITS: least and largest true bits per weight
     EXPORTED_BITS  the values of BITS that have an operator; absent: all of them
     NEEDS          what the walk over the model does for it: names of `NEEDS` here
+    OPTIONS        fields of QuantConfig that only some methods read; absent: none of them
     STAGES         names of its stages that --without switches off; absent: none
 
 Nothing else registers a method. Importing this package loads no torch: declarations are read from
@@ -49,6 +50,7 @@ class Declaration:
     bit_range: tuple[float, float] | None = None
     exported_bits: tuple[float, ...] = ()
     needs: frozenset[str] = frozenset()
+    options: frozenset[str] = frozenset()
     stages: tuple[str, ...] = ()
 
 
@@ -81,7 +83,7 @@ def declaration(name: str) -> Declaration:
     }
     literals = {
         key: ast.literal_eval(found[key])
-        for key in ("BITS", "BIT_RANGE", "EXPORTED_BITS", "NEEDS", "STAGES")
+        for key in ("BITS", "BIT_RANGE", "EXPORTED_BITS", "NEEDS", "OPTIONS", "STAGES")
         if key in found
     }
     bits = literals.get("BITS", ())
@@ -90,6 +92,7 @@ def declaration(name: str) -> Declaration:
         bit_range=literals.get("BIT_RANGE"),
         exported_bits=literals.get("EXPORTED_BITS", bits),
         needs=frozenset(literals.get("NEEDS", ())),
+        options=frozenset(literals.get("OPTIONS", ())),
         stages=literals.get("STAGES", ()),
     )
 

@@ -11,7 +11,8 @@ from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import GroupWeight
 
-BITS = (2.0, 4.0, 8.0)
+BITS = (2.0, 3.0, 4.0, 8.0)
+EXPORTED_BITS = (2.0, 4.0, 8.0)
 
 _GROUPS = (128, 64, 32)
 

@@ -1,0 +1,5 @@
+"""Fine-tune a quantized model on calibration data: what its packed format leaves open."""
+
+from bivlm_edge.tuning.tune import TuningReport, quantize_and_tune, tune_model
+
+__all__ = ["TuningReport", "quantize_and_tune", "tune_model"]

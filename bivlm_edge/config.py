@@ -85,7 +85,6 @@ class QuantConfig:
             gradient of each attention block's error; `loss`, by that of the answer. None: the
             method's own, `loss` for `bivlm-edge`, `none` for all others.
         without: Names of STAGES that are switched off; kept sorted.
-        n_uns: `bivlm-paper`: number of unsalient groups.
         tune: How coefficients, norms and biases are trained on the calibration samples after
             quantization: each block towards the outputs of the float block, all of them towards
             the float model's answers, or one after the other; one of TUNINGS.
@@ -117,6 +116,7 @@ class QuantConfig:
             _check_bits(self.bits, self.method)
         self._check_importance()
         self._check_without()
+        self._check_tuning()
         if self.calibration_samples < 1:
             raise RequestError(
                 f"calibration needs at least one sample, got {self.calibration_samples}."
@@ -174,8 +174,6 @@ class QuantConfig:
                 raise RequestError(
                     f"--without {name} names no stage of --method {self.method}. {accepted}"
                 )
-            raise RequestError(f"n_uns {self.n_uns} is outside 1 to 6.")
-        self._check_tuning()
 
     def _check_tuning(self) -> None:
         _require_choice("--tune", self.tune, TUNINGS)

@@ -22,11 +22,12 @@ SHARED = {
     "__version__",
 }
 # Each part may import the parts to its left, itself and the shared modules.
-ORDER = ["models", "calibration", "quant", "export", "synthetic"]
+ORDER = ["models", "calibration", "quant", "tuning", "export", "synthetic"]
 FOLDERS = {
     "models": ROOT / "bivlm_edge/models",
     "calibration": ROOT / "bivlm_edge/calibration",
     "quant": ROOT / "bivlm_edge/quant",
+    "tuning": ROOT / "bivlm_edge/tuning",
     "export": ROOT / "export",
     "synthetic": ROOT / "bivlm_edge/synthetic",
     "runtime": ROOT / "runtime",

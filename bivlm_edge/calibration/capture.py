@@ -138,6 +138,19 @@ class FixedWeights:
         return self.weights
 
 
+class Reference(Protocol):
+    """The float model beside the one that is walked through: `float_stream.FloatStream`."""
+
+    def enter(self, part: str, block: nn.Module) -> None:
+        """Begin with a block of `part`, before any layer in it is changed."""
+
+    def run(self, block: nn.Module, batch: int) -> Tensor:
+        """Run the block as in the float model."""
+
+    def advance(self, block: nn.Module) -> None:
+        """Go on behind the block."""
+
+
 class Stopped(Exception):  # noqa: N818 - control flow, not an error
     """Everything wanted of this forward pass has been seen."""
 
@@ -149,6 +162,7 @@ def walk(
     weighting: Weighting | None = None,
     restore: Callable[[Mapping[str, nn.Linear]], bool] | None = None,
     held: Callable[[str], AbstractContextManager[None]] | None = None,
+    reference: Reference | None = None,
     team: Team = ALONE,
     *,
     frozen: bool = False,
@@ -170,6 +184,8 @@ def walk(
             final weights were known and are in place now, so that the group is not yielded.
         held: Called with a block's name; the block's weights are in memory inside what it returns
             (`models.streaming`). None: they always are.
+        reference: Gives what the layers see in the float model; with it the statistics hold
+            `Moments.cross`.
         team: The processes that walk together, `batches` being this one's share; statistics are
             those of all batches.
         frozen: Whoever consumes the iterator changes nothing, so that one run of a block measures
@@ -189,7 +205,9 @@ def walk(
             with held(name) if held else nullcontext():
                 prefix = f"{name}." if name else ""
                 weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
-                measure = _Measurement(block, calls, weights, team, count, frozen=frozen)
+                if reference is not None:
+                    reference.enter(sequence.name, block)
+                measure = _Measurement(block, calls, weights, reference, team, count, frozen=frozen)
                 named = [
                     {prefix + local: layer for local, layer in layers.items()}
                     for layers in _shared_inputs(block, calls[0])
@@ -204,6 +222,8 @@ def walk(
                         yield LayerGroup(sequence.name, layers, *measure.run([layers])[0])
                 if name != last:
                     advance(block, calls)
+                    if reference is not None:
+                        reference.advance(block)
 
 
 @torch.no_grad()
@@ -279,20 +299,23 @@ class _Measurement:
         block: nn.Module,
         calls: Sequence[Call],
         weights: TokenWeights,
+        reference: Reference | None,
         team: Team,
         count: int,
         *,
         frozen: bool,
     ) -> None:
         self._block, self._calls, self._weights = block, calls, weights
-        self._team, self._count, self._frozen = team, count, frozen
+        self._reference, self._team, self._count, self._frozen = reference, team, count, frozen
         self._numbers = team.numbers(len(calls))  # of this process's batches among all
         self._current = 0
+        self._original: Tensor | None = None
 
     @torch.no_grad()
     def run(self, groups: Sequence[Mapping[str, nn.Linear]]) -> list[_Collected]:
         """Statistics of each group; a frozen block's output replaces the hidden states as well.
 
+        With a reference there is one group, as its layers change before the next is measured.
         A layer that runs several times in its block is measured at its first run.
         """
         collectors = [self._collectors(layers) for layers in groups]
@@ -303,6 +326,8 @@ class _Measurement:
         try:
             for number, call in enumerate(self._calls):
                 self._current = number
+                if self._reference is not None:
+                    self._original = self._input_in(self._reference, groups[0])
                 with suppress(Stopped):
                     hidden = call.run(self._block)
                     if self._frozen:
@@ -321,7 +346,26 @@ class _Measurement:
         if not (self._frozen and len(names) == len(layers)):
             names.append(_PLAIN)
         k = next(iter(layers.values())).in_features
-        return {name: StatisticsCollector(k, self._count, self._team) for name in names}
+        crossed = self._reference is not None
+        return {
+            name: StatisticsCollector(k, self._count, self._team, crossed=crossed) for name in names
+        }
+
+    def _input_in(self, reference: Reference, layers: Mapping[str, nn.Linear]) -> Tensor | None:
+        """What the layers see in the float model for the current batch; None: not reached."""
+        found: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0].reshape(-1, args[0].shape[-1]))
+            raise Stopped
+
+        handle = next(iter(layers.values())).register_forward_pre_hook(hook, prepend=True)
+        try:
+            with suppress(Stopped):
+                reference.run(self._block, self._current)
+        finally:
+            handle.remove()
+        return found[0] if found else None
 
     def _watch(
         self, layers: Mapping[str, nn.Linear], collectors: Mapping[str, StatisticsCollector]
@@ -337,7 +381,7 @@ class _Measurement:
             _check_finite(rows, next(iter(layers)), number)
             for name, collector in collectors.items():
                 weights = None if name == _PLAIN else self._weights[name][self._current]
-                collector.add(rows, number, weights)
+                collector.add(rows, number, weights, self._original)
             if not self._frozen:
                 raise Stopped
 

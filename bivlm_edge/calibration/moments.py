@@ -22,12 +22,17 @@ class Moments:
         mean: E[x], float64 (k,).
         rows: Number of rows.
         weight: Sum of their weights; the number of rows where all weigh 1.
+        cross: E[f x^T] with f the row that the float model has in place of x, float64 (k, k), or
+            None.
+        reference_mean: E[f], float64 (k,), or None.
     """
 
     hessian: Tensor
     mean: Tensor
     rows: int
     weight: float
+    cross: Tensor | None = None
+    reference_mean: Tensor | None = None
 
     def around(self, center: Tensor) -> Tensor:
         """E[(x - center)(x - center)^T], float64 (k, k)."""
@@ -46,37 +51,58 @@ class InputStatistics:
 class _Accumulator:
     """Sums of one half of the rows, in float64."""
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, *, crossed: bool) -> None:
         self.squares = torch.zeros(k, k, dtype=torch.float64)
         self.sums = torch.zeros(k, dtype=torch.float64)
         self.rows = 0
         self.weight = 0.0
+        self.cross = torch.zeros_like(self.squares) if crossed else None
+        self.reference_sums = torch.zeros_like(self.sums) if crossed else None
 
-    def add(self, rows: Tensor, weights: Tensor | None) -> None:
+    def add(self, rows: Tensor, weights: Tensor | None, reference: Tensor | None) -> None:
         rows = rows.float()
         weighted = rows if weights is None else rows * weights.float()[:, None]
         self.squares += (weighted.T @ rows).double()
         self.sums += weighted.sum(dim=0, dtype=torch.float64)
         self.rows += len(rows)
         self.weight += float(len(rows)) if weights is None else float(weights.double().sum())
+        if (reference is None) != (self.cross is None):
+            raise ValueError("rows of the float model are given for all rows or for none.")
+        if reference is not None and self.cross is not None and self.reference_sums is not None:
+            original = reference.float()
+            self.cross += (original.T @ weighted).double()
+            by_weight = original if weights is None else original * weights.float()[:, None]
+            self.reference_sums += by_weight.sum(dim=0, dtype=torch.float64)
 
     def pooled(self, team: Team) -> _Accumulator:
         """The sums over all processes."""
         if team.size == 1:
             return self
         counts = torch.tensor([float(self.rows), self.weight], dtype=torch.float64)
-        parts = [self.squares.reshape(-1), self.sums, counts]
-        lengths = [len(part) for part in parts]
-        squares, sums, counts = torch.split(team.sum(torch.cat(parts)), lengths)
-        whole = _Accumulator(0)
-        whole.squares, whole.sums = squares.reshape(self.squares.shape), sums
+        parts = [self.squares, self.sums, counts]
+        if self.cross is not None and self.reference_sums is not None:
+            parts += [self.cross, self.reference_sums]
+        flat = team.sum(torch.cat([part.reshape(-1) for part in parts]))
+        found = torch.split(flat, [part.numel() for part in parts])
+        pooled = [piece.reshape(part.shape) for piece, part in zip(found, parts, strict=True)]
+        whole = _Accumulator(0, crossed=False)
+        whole.squares, whole.sums, counts = pooled[:3]
         whole.rows, whole.weight = int(counts[0]), float(counts[1])
+        if self.cross is not None:
+            whole.cross, whole.reference_sums = pooled[3:]
         return whole
 
     def finish(self) -> Moments:
         total = self.weight if self.weight > 0 else 1.0
         squares = (self.squares + self.squares.T) / (2 * total)
-        return Moments(squares, self.sums / total, self.rows, self.weight)
+        return Moments(
+            squares,
+            self.sums / total,
+            self.rows,
+            self.weight,
+            None if self.cross is None else self.cross / total,
+            None if self.reference_sums is None else self.reference_sums / total,
+        )
 
 
 class StatisticsCollector:
@@ -87,18 +113,29 @@ class StatisticsCollector:
         batches: Number of batches that will come, to all processes together; with only one
             nothing is held out.
         team: The processes that take the batches in turn.
+        crossed: Whether every row comes with that of the float model.
     """
 
-    def __init__(self, k: int, batches: int, team: Team = ALONE) -> None:
+    def __init__(self, k: int, batches: int, team: Team = ALONE, *, crossed: bool = False) -> None:
         self._batches = batches
         self._team = team
-        self._fit = _Accumulator(k)
-        self._held_out = _Accumulator(k)
+        self._fit = _Accumulator(k, crossed=crossed)
+        self._held_out = _Accumulator(k, crossed=crossed)
 
-    def add(self, rows: Tensor, batch: int, weights: Tensor | None = None) -> None:
-        """Add rows (t, k) of batch number `batch` of all, with weights (t,) or all alike."""
+    def add(
+        self,
+        rows: Tensor,
+        batch: int,
+        weights: Tensor | None = None,
+        reference: Tensor | None = None,
+    ) -> None:
+        """Add rows (t, k) of batch number `batch` of all, with weights (t,) or all alike.
+
+        `reference` (t, k) holds the rows that the float model has in their place; it is given if
+        and only if the collector is crossed.
+        """
         held_out = is_held_out(batch, self._batches)
-        (self._held_out if held_out else self._fit).add(rows, weights)
+        (self._held_out if held_out else self._fit).add(rows, weights, reference)
 
     def finish(self) -> InputStatistics:
         """The averages of everything that was added.

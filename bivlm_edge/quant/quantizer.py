@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bivlm_edge import distributed
 from bivlm_edge.calibration.capture import Batch, Blocks, FixedWeights, LayerGroup, Weighting, walk
+from bivlm_edge.calibration.float_stream import FloatStream
 from bivlm_edge.calibration.importance import token_importance
-from bivlm_edge.calibration.moments import Moments
 from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.distributed import Team
@@ -27,14 +27,13 @@ from bivlm_edge.quant.allocation import Plan, allocate, group_plans
 from bivlm_edge.quant.linalg import output_energy
 from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight, can_stack
+from bivlm_edge.quant.propagation import second_moment, target_weight
 from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import DenseWeight, QuantizedWeight
 from bivlm_edge.quant.work_folder import WorkFolder, describe_run, pack_weight, unpack_weight
 
 if TYPE_CHECKING:
     from bivlm_edge.models.streaming import StreamedBlocks
-
-_CONSTANT = 2.0**-14  # 1 % of it, the damping, is above the 2^-24 by which float32 products err
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,7 +63,8 @@ class LayerReport:
         true_bits: Bits per weight, every byte counted.
         claimed_bits: What the method's paper would claim; equal to `true_bits` for all others.
         output_error: tr(E H E^T) / tr(W H W^T) with all tokens weighing alike, the bias corrected
-            where the method does so. None for random weights, which approximate nothing.
+            where the method does so; E is what rounding changed, W the float weight. None for
+            random weights, which approximate nothing.
         error_is_held_out: Whether H comes from batches that calibrated nothing.
     """
 
@@ -170,6 +170,9 @@ def quantize_model(
             vlm.module, sequences, batches, _vision_rows(vlm.module, batches), result.modalities
         )
 
+    propagates = "propagation" in needs and "propagation" not in config.without
+    reference = FloatStream(vlm.module, sequences, batches) if propagates else None
+
     def restore(layers: Mapping[str, nn.Linear]) -> bool:
         names = [name for name in layers if name not in result.skipped]
         if names and not _restore_group(names, layers, result, work):
@@ -183,15 +186,16 @@ def quantize_model(
             for name in names:
                 streamed.keep(name, result.weights[name], layers[name].bias)
 
-    for group in walk(vlm.module, sequences, batches, weighting, restore, held, team):
+    for group in walk(vlm.module, sequences, batches, weighting, restore, held, reference, team):
         names = [name for name in group.layers if name not in result.skipped]
         if progress is not None:
             for done, name in enumerate(names, start=len(result.weights)):
                 progress(name, done, total)
-        weights = _quantize_group(names, group, config, plans.get(names[0]))
-        for name, weight in zip(names, weights, strict=True):
-            result.reports.append(_install(name, weight, group, config))
-            result.weights[name] = weight
+        layers = [_calibrated(name, group, config) for name in names]
+        weights = _quantize_group(layers, group, config, plans.get(names[0]))
+        for layer, weight in zip(layers, weights, strict=True):
+            result.reports.append(_install(layer, weight, group, config))
+            result.weights[layer.name] = weight
         finish(names, group.layers)
         _save_group(names, group.layers, result, work)
     if streamed:
@@ -438,23 +442,10 @@ def _calibrated(name: str, group: LayerGroup, config: QuantConfig) -> Calibrated
     is_centred = _corrects_bias(layer, config)
     return CalibratedLayer(
         name=name,
-        weight=weight,
-        hessian=_hessian(fit, fit, is_centred) * scale,
-        held_out=None if held_out is None else _hessian(held_out, fit, is_centred) * scale,
+        weight=target_weight(weight, statistics, is_centred),
+        hessian=second_moment(fit, fit, is_centred) * scale,
+        held_out=None if held_out is None else second_moment(held_out, fit, is_centred) * scale,
     )
-
-
-def _hessian(moments: Moments, fit: Moments, is_centred: bool) -> Tensor:
-    """E[x x^T] of `moments`, around the mean of `fit` where the layer's bias takes that up.
-
-    Of inputs that are constant up to the rounding of float32 nothing definite is left around the
-    mean: any weight does, and the moments around zero choose one.
-    """
-    if not is_centred:
-        return moments.hessian
-    centred = moments.around(fit.mean)
-    is_constant = centred.trace() <= _CONSTANT * moments.hessian.trace()
-    return moments.hessian if is_constant else centred
 
 
 def _corrects_bias(layer: nn.Linear, config: QuantConfig) -> bool:
@@ -473,10 +464,10 @@ def _seed(config: QuantConfig, group: LayerGroup) -> int:
 
 @torch.no_grad()
 def _quantize_group(
-    names: Sequence[str], group: LayerGroup, config: QuantConfig, plan: Plan | None
+    layers: Sequence[CalibratedLayer], group: LayerGroup, config: QuantConfig, plan: Plan | None
 ) -> Sequence[QuantizedWeight]:
     """Quantize layers with the same input; without a plan they have `--bits` to themselves."""
-    weights = sum(group.layers[name].weight.numel() for name in names)
+    weights = sum(layer.weight.numel() for layer in layers)
     options = LayerOptions(
         part=group.part,
         bits=config.bits,
@@ -487,24 +478,25 @@ def _quantize_group(
         seed=_seed(config, group),
         without=config.without,
     )
-    layers = [_calibrated(name, group, config) for name in names]
     return methods.load(config.method).quantize(layers, options)
 
 
 @torch.no_grad()
 def _install(
-    name: str, quantized: QuantizedWeight, group: LayerGroup, config: QuantConfig
+    target: CalibratedLayer, quantized: QuantizedWeight, group: LayerGroup, config: QuantConfig
 ) -> LayerReport:
     """Leave a quantized weight in its layer, correct the bias, and report the error."""
-    layer = group.layers[name]
+    name, layer = target.name, group.layers[target.name]
     weight = layer.weight.detach().float().clone()
     rounded = torch.from_numpy(quantized.dequantize())
     layer.weight.copy_(rounded)
     judged = group.inputs.held_out or group.inputs.fit
     moments = judged.hessian
     if _corrects_bias(layer, config):
-        mean = group.statistics(name).fit.mean
-        layer.bias.add_((weight - rounded).double() @ mean)
+        fit = group.statistics(name).fit
+        mean = fit.mean
+        wanted = mean if fit.reference_mean is None else fit.reference_mean
+        layer.bias.add_(weight.double() @ wanted - rounded.double() @ mean)
         moments = judged.around(mean)
     energy = output_energy(weight, judged.hessian)
     binary = quantized if isinstance(quantized, BinaryWeight) else None
@@ -517,6 +509,6 @@ def _install(
         hadamard_block=binary.hadamard_block if binary else 0,
         true_bits=quantized.true_bits,
         claimed_bits=getattr(quantized, "claimed_bits", quantized.true_bits),
-        output_error=output_energy(rounded - weight, moments) / max(energy, 1e-30),
+        output_error=output_energy(rounded - target.weight, moments) / max(energy, 1e-30),
         error_is_held_out=group.inputs.held_out is not None,
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from bivlm_edge.calibration.capture import Call, FixedWeights, walk
+from bivlm_edge.calibration.float_stream import FloatStream
 from bivlm_edge.calibration.importance import TEMPERATURE, fisher_direction, token_importance
 from bivlm_edge.calibration.moments import StatisticsCollector, is_held_out
 from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
@@ -439,3 +440,24 @@ def test_mean_weights_of_text_and_image_tokens_are_told() -> None:
         text, image = float(rows[~vision[0]].mean()), float(rows[vision[0]].mean())
         assert told[name] == pytest.approx((text, image))
         assert (text != image) == ("layers.1" in name)
+
+
+def test_reference_rows_are_those_of_the_float_model() -> None:
+    module, original = tiny_llava(), tiny_llava()
+    originals = dict(original.named_modules())
+    batches = llava_batches(2)
+    sequences = llava_sequences(module)
+    stream = FloatStream(module, sequences, batches)
+    for group in walk(module, sequences, batches, reference=stream):
+        name, layer = next(iter(group.layers.items()))
+        f = inputs_of(original, originals[name], batches[0])
+        x = inputs_of(module, layer, batches[0])
+        moments = group.inputs.fit
+        scale = float(x.norm() * f.norm()) / len(x)
+        # float32 products of float32 activations, as in the test of the plain statistics
+        torch.testing.assert_close(moments.cross, f.T @ x / len(x), rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(
+            moments.reference_mean, f.mean(dim=0), rtol=1e-4, atol=1e-5 * scale**0.5
+        )
+        for changed in group.layers.values():
+            changed.weight.data = changed.weight.data * 1.1

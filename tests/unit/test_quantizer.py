@@ -392,7 +392,7 @@ def test_without_model_budget_every_group_keeps_the_bits_by_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["importance", "act-order", "refit", "descent", "bias-correction", "model-budget"]
+    "stage", ["act-order", "refit", "descent", "bias-correction", "propagation"]
 )
 def test_every_stage_changes_the_result(stage: str) -> None:
     reference = {name: w.dequantize() for name, w in stages_off()[0].weights.items()}

@@ -37,6 +37,7 @@ NEEDS = {
     "hessian": "reads the second moments of the layer's inputs",
     "importance": "wants them weighted by the importance of tokens, if nothing else is asked for",
     "budget": "takes `options.byte_budget`, its share of one budget for the whole model",
+    "propagation": "rounds the weight that makes the float output of the quantized model's inputs",
     "bias": "rounds for inputs around their mean: the bias takes up the mean error",
 }
 

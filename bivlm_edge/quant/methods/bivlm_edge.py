@@ -16,6 +16,7 @@ Stages that can be switched off, and what takes their place:
     refit            coefficients stay as fitted to the weights, before rounding
     descent          signs stay as the compensated rounding leaves them
     bias-correction  biases stay; Hessians are not centred
+    propagation      layers approximate their float weights, not their float outputs
     fine-tuning      nothing is trained afterwards
 """
 
@@ -52,7 +53,7 @@ from bivlm_edge.quant.transform import (
 )
 
 BIT_RANGE = (1.0, 4.0)
-NEEDS = ("hessian", "importance", "budget", "bias")
+NEEDS = ("hessian", "importance", "budget", "bias", "propagation")
 STAGES = (
     "importance",
     "hadamard",
@@ -62,6 +63,7 @@ STAGES = (
     "refit",
     "descent",
     "bias-correction",
+    "propagation",
     "fine-tuning",
 )
 

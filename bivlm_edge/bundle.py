@@ -13,7 +13,7 @@ from typing import Any
 
 from bivlm_edge.errors import BundleError
 
-BUNDLE_VERSION = 1
+BUNDLE_VERSION = 2
 PROBE_BLOCKS = 256
 PROBE_BLOCK_BYTES = 4096
 MANIFEST = "manifest.json"

@@ -132,6 +132,7 @@ class QuantConfig:
         self._check_owner("grid", self.grid, "minmax")
         self._check_owner("n_uns", self.n_uns, 5)
         self._check_owner("paper_exact", self.paper_exact, False)
+        self._check_tuning()
 
     def _check_owner(self, option: str, value: object, default: object) -> None:
         """Refuse an option that the method would not read."""

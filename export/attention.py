@@ -1,4 +1,4 @@
-"""Modules that stand in for attention and the decoder's norms while a model is traced.
+"""Modules that stand in for attention and the decoder's norms and MLPs while a model is traced.
 
 They compute what the modules of `transformers` compute, in ONNX Runtime's operators
 (transformer_ops.py). `validate` compares the exported graph with the modules that they replace.
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from bivlm_edge.errors import UnsupportedModelError
 
@@ -22,47 +23,43 @@ class Rotary:
     """Rotations of the tokens of one run, shared by all layers.
 
     They are computed for the positions of the run: a table of all positions would put up to 6 %
-    more bytes into the file (Qwen2.5-VL-3B: 128,000 positions). RotaryEmbedding is a node of its
-    own because GroupQueryAttention with do_rotary reads only the first position of a prompt and
-    counts on from there (ONNX Runtime 1.27 to 1.31): tokens that pruning kept would move together.
+    more bytes into the file (Qwen2.5-VL-3B: 128,000 positions), and tokens that pruning kept have
+    positions with gaps.
 
     Attributes:
-        rows: int64 ``(B, S)``: each token's row of `cos` and `sin`.
-        cos: ``(B * S, head_dim / 2)`` in the type of the activations.
+        cos: ``(B, S, head_dim / 2)`` in the type of the activations.
         sin: Likewise.
     """
 
-    rows: Tensor
     cos: Tensor
     sin: Tensor
 
 
-def rotary(module: Any, positions: Tensor, rows: Tensor, dtype: torch.dtype) -> Rotary:
+def rotary(module: Any, positions: Tensor, dtype: torch.dtype) -> Rotary:
     """Return the rotations of tokens at `positions`, as a decoder's `rotary_emb` makes them.
 
     Args:
         module: The decoder's `rotary_emb`.
         positions: int64 ``(B, S)``, or ``(3, B, S)`` where sections of the frequencies follow
             time, rows and columns (M-RoPE).
-        rows: int64 ``(B, S)``: 0 .. B * S - 1.
         dtype: Type of the result; the angles are float32.
     """
     sections = getattr(module, "mrope_section", None)
-    frequencies = module.inv_freq.float()[None]
+    frequencies = module.inv_freq.float()
     if sections is None:
-        angles = positions.reshape(-1, 1).float() * frequencies
+        angles = positions[..., None].float() * frequencies
     else:
         angles = torch.cat(
             [
-                positions[index % 3].reshape(-1, 1).float() * section
-                for index, section in enumerate(frequencies.split(sections, dim=1))
+                positions[index % 3][..., None].float() * section
+                for index, section in enumerate(frequencies.split(sections))
             ],
-            dim=1,
+            dim=-1,
         )
     cos, sin = angles.cos(), angles.sin()
     if module.attention_scaling != 1:
         cos, sin = cos * module.attention_scaling, sin * module.attention_scaling
-    return Rotary(rows, cos.to(dtype), sin.to(dtype))
+    return Rotary(cos.to(dtype), sin.to(dtype))
 
 
 def check_rotary(module: Any, head_dim: int) -> None:
@@ -116,13 +113,18 @@ class GroupedAttention(nn.Module):
             total_length: Likewise.
             last_only: Return the output of the last token alone, ``(B, 1, hidden)``.
         """
-        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
-        query, key = (
-            torch.ops.bivlm.rotary_embedding(states, rotation.rows, rotation.cos, rotation.sin)
-            for states in (query, key)
+        qkv = torch.cat(
+            [project(hidden) for project in (self.q_proj, self.k_proj, self.v_proj)], -1
         )
         output, present_key, present_value = torch.ops.bivlm.group_query_attention(
-            query, key, value, *past, last_index, total_length, self.num_heads, self.scale
+            qkv,
+            rotation.cos,
+            rotation.sin,
+            *past,
+            last_index,
+            total_length,
+            self.num_heads,
+            self.scale,
         )
         if last_only:
             output = output[:, -1:]
@@ -156,6 +158,27 @@ class FullAttention(nn.Module):
         )
         output = torch.ops.bivlm.multi_head_attention(query, key, value, self.num_heads, self.scale)
         return self.out_proj(output), None
+
+
+class GatedMlp(nn.Module):
+    """A gated MLP whose two halves are computed side by side."""
+
+    def __init__(self, mlp: Any) -> None:
+        """Take over the projections of a `LlamaMLP` or its like."""
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    @staticmethod
+    def fits(mlp: Any) -> bool:
+        """Whether a module has the parts that this one takes over, and SiLU between them."""
+        has_parts = all(hasattr(mlp, part) for part in ("gate_proj", "up_proj", "down_proj"))
+        return has_parts and isinstance(mlp.act_fn, nn.SiLU | SiLUActivation)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``(B, S, hidden)``."""
+        gate_up = torch.cat([self.gate_proj(hidden), self.up_proj(hidden)], -1)
+        output: Tensor = self.down_proj(torch.ops.bivlm.gated_silu(gate_up))
+        return output
 
 
 class ResidualNorm(nn.Module):

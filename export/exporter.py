@@ -128,6 +128,19 @@ def export_model(
     return ExportResult(paths, report)
 
 
+def take_part(
+    vlm: VisionLanguageModel,
+    items: Sequence[VqaItem],
+    config: ExportConfig,
+    work_folder: Path | None = None,
+) -> None:
+    """Share the quantization of an `export_model` that another process runs; write nothing."""
+    if config.quant.method != "none":
+        options = config.quant
+        batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
+        quantize_model(vlm, batches, options, None, work_folder)
+
+
 def write_bundle(
     vlm: VisionLanguageModel,
     table: GroupWeight | NDArray[np.float32],

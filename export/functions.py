@@ -9,7 +9,13 @@ import onnx_ir as ir
 from onnx import FunctionProto
 
 from bivlm_edge.config import Fallback
-from bivlm_edge.export import fallback, fallback_attention, fallback_prune, schemas
+from bivlm_edge.export import (
+    fallback,
+    fallback_attention,
+    fallback_gated_silu,
+    fallback_prune,
+    schemas,
+)
 
 
 def attach(model: ir.Model, kind: Fallback) -> None:
@@ -43,6 +49,8 @@ def _function(
         )
     if node.op_type == "GroupQueryAttention":
         return "", partial(fallback_attention.group_query_attention_function, opset)
+    if node.op_type == "GatedSiLU":
+        return "", partial(fallback_gated_silu.gated_silu_function, opset)
     prune = _token_prune_configuration(node)
     return prune.overload, partial(
         fallback_prune.token_prune_function, prune, prune.overload, opset

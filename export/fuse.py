@@ -64,10 +64,10 @@ def fuse_shared_inputs(model: ir.Model) -> None:
     """Fuse the BinaryMatMul or MatMulNBits nodes that read one value, in all subgraphs.
 
     Nodes are fused that agree in K and all else but N, with byte-equal signs and order. Rows are
-    stacked in the order of the nodes; constant biases become one. A `Split` hands the parts to
-    their users. Left alone: groups of BinaryMatMul in which a part other than the last does not
-    fill whole panels, operators with a weight that others use too, and results that the graph
-    returns.
+    stacked in the order of the nodes; constant biases become one. A `Concat` of all parts in this
+    order falls away; otherwise a `Split` hands the parts to their users. Left alone: groups of
+    BinaryMatMul in which a part other than the last does not fill whole panels, operators with a
+    weight that others use too, and results that the graph returns.
 
     Args:
         model: Changed in place. Functions must not be attached yet: their overloads name N.
@@ -223,22 +223,41 @@ def _fuse(root: ir.Graph, members: Sequence[_Member]) -> None:
         bias = tape.initializer(ir.tensor(_stacked_bias(biases, rows)), f"{name}/bias")
         output = _widened(template, sum(rows), f"{name}/sum")
         value = tape.op("Add", [value, bias], name=f"{name}/Add", output=output)
-    output = ir.Value(name=f"{name}/rows")
-    sizes = tape.op("Constant", [], {"value": ir.tensor(np.array(rows, np.int64))}, output=output)
-    parts = [
-        ir.Value(name=f"{layer}/part", shape=member.output.shape, type=member.output.type)
-        for layer, member in zip(names, members, strict=True)
-    ]
-    tape.op_multi_out("Split", [value, sizes], {"axis": -1}, outputs=parts, name=f"{name}/Split")
+    outputs = [member.output for member in members]
+    concat = _concat_of(outputs)
+    if concat is None:
+        output = ir.Value(name=f"{name}/rows")
+        rows_tensor = ir.tensor(np.array(rows, np.int64))
+        sizes = tape.op("Constant", [], {"value": rows_tensor}, output=output)
+        parts = [
+            ir.Value(name=f"{layer}/part", shape=member.output.shape, type=member.output.type)
+            for layer, member in zip(names, members, strict=True)
+        ]
+        attributes = {"axis": -1}
+        tape.op_multi_out("Split", [value, sizes], attributes, outputs=parts, name=f"{name}/Split")
+    else:
+        outputs, parts = [concat.outputs[0]], [value]
     graph = first.graph
     if not isinstance(graph, ir.Graph):
         raise TypeError(f"node '{first.name}' stands in no graph")
     for initializer in tape.initializers:
         root.register_initializer(initializer)
     graph.insert_before(first, tape.nodes)
-    ir.convenience.replace_all_uses_with([member.output for member in members], parts)
+    ir.convenience.replace_all_uses_with(outputs, parts)
+    if concat is not None:
+        graph.remove(concat, safe=True)
     for member in members:
         graph.remove(member.chain, safe=True)
+
+
+def _concat_of(parts: Sequence[ir.Value]) -> ir.Node | None:
+    """Return the Concat that joins the features of these values, in order, or None."""
+    user = _only_user(parts[0])
+    if user is None or user.op_type != "Concat" or list(user.inputs) != list(parts):
+        return None
+    if user.attributes["axis"].as_int() != -1 or user.outputs[0].is_graph_output():
+        return None
+    return user if all(_only_user(part) is user for part in parts) else None
 
 
 def _join_names(names: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ def join_parts(
     decoder_part = _take_apart(decoder, "decoder")
     input_ids = _input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
     pixel_values = _input("pixel_values", options.dtype, ["images", *options.pixel_shape])
-    hidden_in, positions_in, rows_in, last_in, total_in, *past = decoder_part.inputs
+    hidden_in, positions_in, last_in, total_in, *past = decoder_part.inputs
     leading = [] if options.position_axes == 1 else [options.position_axes]
     position_ids = _input("position_ids", ir.DataType.INT64, [*leading, "batch", "sequence"])
     past_length = _past_length()
@@ -104,7 +104,6 @@ def join_parts(
 
     ir.convenience.replace_all_uses_with(hidden_in, hidden)
     ir.convenience.replace_all_uses_with(positions_in, kept_positions)
-    ir.convenience.replace_all_uses_with(rows_in, _token_numbers(main, kept))
     last_index, total_length = _cache_lengths(main, past_length, past[0], kept)
     ir.convenience.replace_all_uses_with(last_in, last_index)
     ir.convenience.replace_all_uses_with(total_in, total_length)
@@ -139,13 +138,6 @@ def _past_length() -> ir.Value:
     return ir.Value(
         name=name, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64), const_value=default
     )
-
-
-def _token_numbers(tape: Tape, positions: ir.Value) -> ir.Value:
-    """Return 0 .. B * S - 1 as int64 `(B, S)`."""
-    count = tape.op("Size", [positions])
-    numbers = tape.op("Range", [_scalar(tape, 0, "start"), count, _scalar(tape, 1, "step")])
-    return tape.op("Reshape", [numbers, tape.op("Shape", [positions])])
 
 
 def _cache_lengths(

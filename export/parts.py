@@ -67,7 +67,6 @@ class DecoderPart(nn.Module):
         self,
         hidden: Tensor,
         position_ids: Tensor,
-        rows: Tensor,
         last_index: Tensor,
         total_length: Tensor,
         past: list[Tensor],
@@ -77,13 +76,12 @@ class DecoderPart(nn.Module):
         Args:
             hidden: ``(B, S, hidden)``.
             position_ids: int64 ``(B, S)``, or ``(3, B, S)`` (M-RoPE).
-            rows: int64 ``(B, S)``: 0 .. B * S - 1.
             last_index: int32 ``(B,)``: index of the last token in the cache after this run.
             total_length: int32 ``(1,)``: tokens in the cache after this run.
             past: key, value of every layer in turn, each ``(B, kv_heads, P, head_dim)``.
         """
         decoder: Any = self._vlm[0].decoder
-        rotation = attention.rotary(decoder.rotary_emb, position_ids, rows, hidden.dtype)
+        rotation = attention.rotary(decoder.rotary_emb, position_ids, hidden.dtype)
         present = []
         norms = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.norm]
         normed, hidden = decoder.layers[0].input_layernorm(None, hidden)
@@ -166,6 +164,8 @@ def _replace_modules(vlm: VisionLanguageModel) -> list[tuple[nn.Module, str, nn.
             (layer, name, attention.ResidualNorm(getattr(layer, name)))
             for name in ("input_layernorm", "post_attention_layernorm")
         ]
+        if attention.GatedMlp.fits(layer.mlp):
+            new.append((layer, "mlp", attention.GatedMlp(layer.mlp)))
     new.append((decoder, "norm", attention.ResidualNorm(decoder.norm)))
     towers = (layers for part, layers in vlm.family.blocks(vlm.module) if part == "vision")
     for layer in (layer for layers in towers for layer in layers):
@@ -202,7 +202,6 @@ def trace_decoder(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> i
     axes = 0
     if vlm.image_grid is not None:
         axes, positions = 1, positions.expand(3, -1, -1).contiguous()
-    rows = torch.arange(batch * new).reshape(batch, new)
     last_index = torch.full((batch,), seen + new - 1, dtype=torch.int32)
     total_length = torch.tensor([seen + new], dtype=torch.int32)
     batch_dim, new_dim = torch.export.Dim("batch"), torch.export.Dim("new")
@@ -210,7 +209,6 @@ def trace_decoder(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> i
     shapes = {
         "hidden": {0: batch_dim, 1: new_dim},
         "position_ids": {axes: batch_dim, axes + 1: new_dim},
-        "rows": {0: batch_dim, 1: new_dim},
         "last_index": {0: batch_dim},
         "total_length": {},
         "past": [{0: batch_dim, 2: seen_dim} for _ in past],
@@ -218,12 +216,11 @@ def trace_decoder(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> i
     names = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
     return _trace(
         DecoderPart(vlm).eval(),
-        (hidden, positions, rows, last_index, total_length, past),
+        (hidden, positions, last_index, total_length, past),
         shapes,
         [
             "hidden",
             "position_ids",
-            "rows",
             "last_index",
             "total_length",
             *(f"past_key_values.{name}" for name in names),

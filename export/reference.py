@@ -1,8 +1,8 @@
 """The operators of OPS.md in numpy, as plain as the text: float64, no speed, own unpacking.
 
 Every other implementation is tested against this one, so it shares no code with them. The classes
-serve `onnx.reference.ReferenceEvaluator(model, new_ops=[BinaryMatMul, TokenPrune,
-GroupQueryAttention])`.
+serve `onnx.reference.ReferenceEvaluator(model, new_ops=[BinaryMatMul, GatedSiLU,
+GroupQueryAttention, TokenPrune])`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class GroupQueryAttention(OpRun):
 
     def _run(
         self,
-        query: Array,
-        key: Array,
-        value: Array,
+        qkv: Array,
+        cos: Array,
+        sin: Array,
         past_key: Array,
         past_value: Array,
         seqlens_k: Array,
@@ -74,9 +74,9 @@ class GroupQueryAttention(OpRun):
                 f"shape {past_key.shape}: the heads are a multiple of the second axis of past_key"
             )
         output, present_key, present_value = group_query_attention(
-            query,
-            key,
-            value,
+            qkv,
+            cos,
+            sin,
             past_key,
             past_value,
             seqlens_k,
@@ -84,7 +84,14 @@ class GroupQueryAttention(OpRun):
             num_heads=num_heads,
             scale=scale or 0.0,
         )
-        return output.astype(query.dtype), present_key, present_value
+        return output.astype(qkv.dtype), present_key, present_value
+
+
+class GatedSiLU(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x: Array) -> tuple[Array]:
+        return (gated_silu(x).astype(x.dtype),)
 
 
 class TokenPrune(OpRun):
@@ -118,9 +125,9 @@ class TokenPrune(OpRun):
 
 
 def group_query_attention(
-    query: Array,
-    key: Array,
-    value: Array,
+    qkv: Array,
+    cos: Array,
+    sin: Array,
     past_key: Array,
     past_value: Array,
     seqlens_k: Array,
@@ -130,10 +137,16 @@ def group_query_attention(
     scale: float = 0.0,
 ) -> tuple[NDArray[np.float64], Array, Array]:
     """Return output float64 `[B, S, num_heads * d]`, present_key and present_value."""
-    (batch, kv_heads, capacity, d), new = past_key.shape, query.shape[1]
+    (batch, kv_heads, capacity, d), new = past_key.shape, qkv.shape[1]
     factor = scale or 1 / math.sqrt(d)
     shape = (batch, kv_heads, max(capacity, total), d)
-    present_key, present_value = (np.zeros(shape, query.dtype) for _ in range(2))
+    present_key, present_value = (np.zeros(shape, qkv.dtype) for _ in range(2))
+    heads = qkv.reshape(batch, new, num_heads + 2 * kv_heads, d)
+    query, key = (
+        _rotate(states, cos, sin)
+        for states in (heads[:, :, :num_heads], heads[:, :, num_heads : num_heads + kv_heads])
+    )
+    value = heads[:, :, num_heads + kv_heads :]
     output = np.zeros((batch, new, num_heads, d))
     for b in range(batch):
         tokens = int(seqlens_k[b]) + 1
@@ -144,19 +157,32 @@ def group_query_attention(
         ):
             present[b, :, :past] = old[b, :, :past]
             for token in range(new):
-                present[b, :, past + token] = states[b, token].reshape(kv_heads, d)
+                present[b, :, past + token] = states[b, token]
         for head in range(num_heads):
             kv_head = head // (num_heads // kv_heads)
             for token in range(new):
-                q = query[b, token].reshape(num_heads, d)[head].astype(np.float64)
                 keys, values = (
                     present[b, kv_head, : past + token + 1].astype(np.float64)
                     for present in (present_key, present_value)
                 )
-                scores = factor * (keys @ q)
+                scores = factor * (keys @ query[b, token, head])
                 weights = np.exp(scores - scores.max())
                 output[b, token, head] = weights @ values / weights.sum()
     return output.reshape(batch, new, num_heads * d), present_key, present_value
+
+
+def _rotate(states: Array, cos: Array, sin: Array) -> NDArray[np.float64]:
+    """Turn features i and i + d / 2 of every head `[B, S, heads, d]` by angle i of the token."""
+    low, high = np.split(states.astype(np.float64), 2, axis=-1)
+    c, s = (angles.astype(np.float64)[:, :, None] for angles in (cos, sin))
+    return np.concatenate([low * c - high * s, high * c + low * s], axis=-1)
+
+
+def gated_silu(x: Array) -> NDArray[np.float64]:
+    """Return gate * sigmoid(gate) * up, `[..., I]`."""
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    result: NDArray[np.float64] = gate / (1 + np.exp(-gate)) * up
+    return result
 
 
 def binary_matmul(

@@ -18,7 +18,7 @@ OPSET_VERSION = 1
 MICROSOFT_DOMAIN = "com.microsoft"
 
 ATTENTION_INPUTS = (
-    *("query", "key", "value", "past_key", "past_value"),
+    *("qkv", "cos", "sin", "past_key", "past_value"),
     *("seqlens_k", "total_sequence_length"),
 )
 ATTENTION_OUTPUTS = ("output", "present_key", "present_value")
@@ -32,10 +32,11 @@ _FLOATS = ["tensor(float)", "tensor(float16)"]
 
 
 def register() -> None:
-    """Register the four schemas with `onnx.defs`; a second call does nothing."""
+    """Register the five schemas with `onnx.defs`; a second call does nothing."""
     for schema in (
         _binary_matmul_schema(),
         _attention_schema(),
+        _gated_silu_schema(),
         _token_prune_schema(),
         _matmul_nbits_schema(),
     ):
@@ -76,9 +77,9 @@ def _binary_matmul_schema() -> defs.OpSchema:
 
 def _attention_schema() -> defs.OpSchema:
     shapes = {
-        "query": "[B, S, num_heads * d]",
-        "key": "[B, S, kv_num_heads * d]",
-        "value": "[B, S, kv_num_heads * d]",
+        "qkv": "[B, S, (num_heads + 2 * kv_num_heads) * d]: queries, keys, values",
+        "cos": "[B, S, d / 2]: rotations of queries and keys",
+        "sin": "[B, S, d / 2]",
         "past_key": "[B, kv_num_heads, P, d]",
         "past_value": "[B, kv_num_heads, P, d]",
         "seqlens_k": "[B]: index of the last token after this run",
@@ -89,8 +90,8 @@ def _attention_schema() -> defs.OpSchema:
         DOMAIN,
         OPSET_VERSION,
         doc=(
-            "Causal attention of grouped heads behind a KV cache, in place where past and present "
-            "are one buffer. The numbers: OPS.md."
+            "Rotary embedding and causal attention of grouped heads behind a KV cache, in place "
+            "where past and present are one buffer. The numbers: OPS.md."
         ),
         inputs=[
             _Parameter(name, "T" if index < 5 else "tensor(int32)", shapes[name])
@@ -109,6 +110,20 @@ def _attention_schema() -> defs.OpSchema:
         ],
     )
     schema.set_type_and_shape_inference_function(_reported("GroupQueryAttention", _infer_attention))
+    return schema
+
+
+def _gated_silu_schema() -> defs.OpSchema:
+    schema = defs.OpSchema(
+        "GatedSiLU",
+        DOMAIN,
+        OPSET_VERSION,
+        doc="Y = gate * sigmoid(gate) * up, gate and up the halves of the last axis of X.",
+        inputs=[_Parameter("X", "T", "[..., 2 * I]: gate, up")],
+        outputs=[_Parameter("Y", "T", "[..., I]")],
+        type_constraints=[("T", _FLOATS, "float32 or float16")],
+    )
+    schema.set_type_and_shape_inference_function(_reported("GatedSiLU", _infer_gated_silu))
     return schema
 
 
@@ -241,10 +256,21 @@ def _infer_attention(context: InferenceContext) -> None:
         raise InferenceError(
             f"num_heads = {heads} is no multiple of kv_num_heads = {kv_heads}, or below 1"
         )
-    query = _dims(context, 0)
-    if query is not None and len(query) != 3:
-        raise InferenceError(f"query has shape {query}; it needs three axes [B, S, num_heads * d]")
-    _set_output(context, 0, _element(context), query)
+    packed = heads + 2 * kv_heads
+    states = _dims(context, 0)
+    if states is not None:
+        if len(states) != 3:
+            raise InferenceError(f"qkv has shape {states}; it needs three axes [B, S, heads * d]")
+        width = states[2]
+        if isinstance(width, int):
+            if width % (2 * packed):
+                raise InferenceError(
+                    f"the last axis of qkv is {width}; it needs {packed} heads of even size"
+                )
+            states[2] = width // packed * heads
+        else:
+            states[2] = None
+    _set_output(context, 0, _element(context), states)
     for index in (3, 4):
         past = _dims(context, index)
         if past is not None and len(past) != 4:
@@ -254,6 +280,15 @@ def _infer_attention(context: InferenceContext) -> None:
             _require_dim(past[1], kv_heads, "an axis of the past", f"kv_num_heads = {kv_heads}")
             past[2] = None
         _set_output(context, index - 2, _element(context), past)
+
+
+def _infer_gated_silu(context: InferenceContext) -> None:
+    x = _dims(context, 0)
+    if x is not None:
+        if not x or (isinstance(x[-1], int) and x[-1] % 2):
+            raise InferenceError(f"X has shape {x}; its last axis must be even: gate, then up")
+        x = [*x[:-1], x[-1] // 2 if isinstance(x[-1], int) else None]
+    _set_output(context, 0, _element(context), x)
 
 
 def _infer_token_prune(context: InferenceContext) -> None:

@@ -1,9 +1,9 @@
 """Transformer operators as torch custom ops, and how they are exported.
 
-As in torch_ops.py the eager forms are slow and exact. GroupQueryAttention is our library's, with
-ONNX Runtime's operator as its function; the others are ONNX Runtime's. Why these and not the
-standard operators: GroupQueryAttention writes keys and values into the cache in place, and the
-operators exist for every opset that we write.
+As in torch_ops.py the eager forms are slow and exact. GroupQueryAttention and GatedSiLU are our
+library's, with ONNX Runtime's operators as their functions; the others are ONNX Runtime's. Why
+these and not the standard operators: GroupQueryAttention rotates, and writes keys and values into
+the cache in place, and the operators exist for every opset that we write.
 """
 
 from __future__ import annotations
@@ -23,33 +23,11 @@ _com_microsoft = onnxscript.values.Opset(MICROSOFT_DOMAIN, 1)
 _FLOATS = ["tensor(float)", "tensor(float16)"]
 
 
-@torch.library.custom_op("bivlm::rotary_embedding", mutates_args=())
-def rotary_embedding(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """com.microsoft.RotaryEmbedding, halves rotated: x ``(B, S, heads * head_dim)``.
-
-    Args:
-        x: Queries or keys.
-        rows: int64 ``(B, S)``: each token's row of `cos` and `sin`.
-        cos: ``(R, head_dim / 2)`` in the type of x.
-        sin: Likewise.
-    """
-    half = cos.shape[1]
-    heads = x.reshape(*x.shape[:2], -1, 2, half)
-    c, s = cos[rows][:, :, None], sin[rows][:, :, None]
-    first, second = heads[..., 0, :], heads[..., 1, :]
-    return torch.stack((first * c - second * s, second * c + first * s), -2).reshape(x.shape)
-
-
-@rotary_embedding.register_fake
-def _(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ARG001
-    return torch.empty_like(x)
-
-
 @torch.library.custom_op("bivlm::group_query_attention", mutates_args=())
 def group_query_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     past_key: Tensor,
     past_value: Tensor,
     last_index: Tensor,
@@ -57,12 +35,12 @@ def group_query_attention(
     num_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ai.bivlm.GroupQueryAttention of OPS.md: causal attention behind a KV cache.
+    """ai.bivlm.GroupQueryAttention of OPS.md: rotation and causal attention behind a KV cache.
 
     Args:
-        query: ``(B, S, num_heads * head_dim)``.
-        key: ``(B, S, kv_heads * head_dim)``.
-        value: Likewise.
+        qkv: ``(B, S, (num_heads + 2 * kv_heads) * head_dim)``: queries, keys, values.
+        cos: ``(B, S, head_dim / 2)``: rotations of queries and keys.
+        sin: Likewise.
         past_key: ``(B, kv_heads, P, head_dim)``; the first last_index + 1 - S positions count.
         past_value: Likewise.
         last_index: int32 ``(B,)``: index of the last token in the cache after this run.
@@ -74,46 +52,69 @@ def group_query_attention(
         Output ``(B, S, num_heads * head_dim)``, and keys and values
         ``(B, kv_heads, max(P, total_length), head_dim)``.
     """
-    batch, new = query.shape[:2]
+    batch, new = qkv.shape[:2]
     kv_heads, capacity, width = past_key.shape[1:]
+    heads = qkv.reshape(batch, new, -1, width)
+    query, key, value = heads.split([num_heads, kv_heads, kv_heads], dim=2)
+    query, key = (_rotated(states.float(), cos.float(), sin.float()) for states in (query, key))
     shape = (batch, kv_heads, max(capacity, int(total_length)), width)
     present_key, present_value = past_key.new_zeros(shape), past_value.new_zeros(shape)
     present_key[:, :, :capacity], present_value[:, :, :capacity] = past_key, past_value
-    output = torch.empty_like(query)
+    output = qkv.new_empty(batch, new, num_heads * width)
     for row in range(batch):
         total = int(last_index[row]) + 1
         past = total - new
         for present, states in ((present_key, key), (present_value, value)):
-            present[row, :, past:total] = states[row].reshape(new, kv_heads, width).transpose(0, 1)
+            present[row, :, past:total] = states[row].transpose(0, 1)
         mask = torch.arange(total)[None] <= torch.arange(past, total)[:, None]
         attended = torch.nn.functional.scaled_dot_product_attention(
-            query[row].reshape(new, num_heads, width).transpose(0, 1).float()[None],
+            query[row].transpose(0, 1)[None],
             present_key[row, :, :total].float()[None],
             present_value[row, :, :total].float()[None],
             attn_mask=mask,
             scale=scale,
             enable_gqa=True,
         )
-        output[row] = attended[0].transpose(0, 1).reshape(new, -1).to(query.dtype)
+        output[row] = attended[0].transpose(0, 1).reshape(new, -1).to(qkv.dtype)
     return output, present_key, present_value
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn features i and i + d / 2 of every head ``(B, S, heads, d)`` by angle i of the token."""
+    low, high = states.chunk(2, -1)
+    c, s = cos[:, :, None], sin[:, :, None]
+    return torch.cat((low * c - high * s, high * c + low * s), -1)
 
 
 @group_query_attention.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,  # noqa: ARG001 - the signature of the op
-    value: Tensor,  # noqa: ARG001
+    qkv: Tensor,
+    cos: Tensor,  # noqa: ARG001 - the signature of the op
+    sin: Tensor,  # noqa: ARG001
     past_key: Tensor,
     past_value: Tensor,
     last_index: Tensor,  # noqa: ARG001
     total_length: Tensor,  # noqa: ARG001
-    num_heads: int,  # noqa: ARG001
+    num_heads: int,
     scale: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     # the length that a filled cache leads to; `join_parts` names the axis of the outputs anew
     batch, kv_heads, filled, width = past_key.shape
-    shape = (batch, kv_heads, filled + query.shape[1], width)
-    return torch.empty_like(query), past_key.new_empty(shape), past_value.new_empty(shape)
+    shape = (batch, kv_heads, filled + qkv.shape[1], width)
+    output = qkv.new_empty(batch, qkv.shape[1], num_heads * width)
+    return output, past_key.new_empty(shape), past_value.new_empty(shape)
+
+
+@torch.library.custom_op("bivlm::gated_silu", mutates_args=())
+def gated_silu(x: Tensor) -> Tensor:
+    """ai.bivlm.GatedSiLU of OPS.md: silu(gate) * up of x ``(.., 2 * width)``, gate then up."""
+    gate, up = x.float().chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+@gated_silu.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 @torch.library.custom_op("bivlm::multi_head_attention", mutates_args=())
@@ -161,22 +162,14 @@ def _(
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """Return the part of `torch_ops.translation_table` that these ops are."""
-    for schema in (
-        _rotary_schema(),
-        _grouped_attention_schema(),
-        _full_attention_schema(),
-        _norm_schema(),
-    ):
+    for schema in (_full_attention_schema(), _norm_schema()):
         if not defs.has(schema.name, schema.domain):
             defs.register_schema(schema)
 
-    def to_rotary_embedding(x: Any, rows: Any, cos: Any, sin: Any) -> Any:
-        return _com_microsoft.RotaryEmbedding(x, rows, cos, sin)
-
     def to_group_query_attention(
-        query: Any,
-        key: Any,
-        value: Any,
+        qkv: Any,
+        cos: Any,
+        sin: Any,
         past_key: Any,
         past_value: Any,
         last_index: Any,
@@ -185,9 +178,9 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         scale: float,
     ) -> Any:
         return _ai_bivlm.GroupQueryAttention(
-            query,
-            key,
-            value,
+            qkv,
+            cos,
+            sin,
             past_key,
             past_value,
             last_index,
@@ -196,6 +189,9 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
             kv_num_heads=int(past_key.shape[1]),
             scale=scale,
         )
+
+    def to_gated_silu(x: Any) -> Any:
+        return _ai_bivlm.GatedSiLU(x)
 
     def to_multi_head_attention(
         query: Any, key: Any, value: Any, num_heads: int, scale: float
@@ -209,8 +205,8 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         return outputs[0], outputs[3]
 
     return {
-        torch.ops.bivlm.rotary_embedding.default: to_rotary_embedding,
         torch.ops.bivlm.group_query_attention.default: to_group_query_attention,
+        torch.ops.bivlm.gated_silu.default: to_gated_silu,
         torch.ops.bivlm.multi_head_attention.default: to_multi_head_attention,
         torch.ops.bivlm.skip_rms_norm.default: to_skip_rms_norm,
     }
@@ -236,32 +232,6 @@ def _schema(
         attributes=[
             attribute(key, helper.make_attribute(key, value)) for key, value in attributes.items()
         ],
-    )
-
-
-def _rotary_schema() -> defs.OpSchema:
-    return _schema(
-        "RotaryEmbedding",
-        "Rotates the halves of every head by the angles of the token's row.",
-        {"input": "T", "position_ids": "tensor(int64)", "cos_cache": "T", "sin_cache": "T"},
-        {"output": "T"},
-        {"interleaved": 0},
-    )
-
-
-def _grouped_attention_schema() -> defs.OpSchema:
-    tensors = ("query", "key", "value", "past_key", "past_value")
-    return _schema(
-        "GroupQueryAttention",
-        "Causal attention of grouped heads behind a KV cache, in place where past and present are "
-        "one buffer.",
-        {
-            **dict.fromkeys(tensors, "T"),
-            "seqlens_k": "tensor(int32)",
-            "total_sequence_length": "tensor(int32)",
-        },
-        dict.fromkeys(("output", "present_key", "present_value"), "T"),
-        {"num_heads": 1, "kv_num_heads": 1, "scale": 0.0},
     )
 
 

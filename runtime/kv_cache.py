@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime.session import VlmSession
 
 GROWTH = 256  # positions that a full cache gains
+CACHE_LINE = 64  # bytes
 
 
 class KvCache:
@@ -99,8 +100,7 @@ class KvCache:
     def _allocate(self, capacity: int) -> None:
         manifest = self.session.manifest
         shape = (1, manifest.kv_heads, capacity, manifest.head_dim)
-        # zeros, not empty: the system hands out zeroed pages when they are written
-        new = [np.zeros(shape, self.session.dtype) for _ in self.session.past_names]
+        new = [_aligned_zeros(shape, self.session.dtype) for _ in self.session.past_names]
         for buffer, old in zip(new, self._buffers, strict=False):
             buffer[:, :, : self.tokens] = old[:, :, : self.tokens]
         self._buffers = new
@@ -113,6 +113,18 @@ class KvCache:
         manifest = session.manifest
         values = 2 * manifest.layers * manifest.kv_heads * manifest.head_dim
         return values * np.dtype(session.dtype).itemsize
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Return zeros that start a cache line: large arrays of numpy start 16 bytes behind one.
+
+    Every vector of the attention would straddle two lines; its decode step took a tenth longer.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    # zeros, not empty: the system hands out zeroed pages when they are written
+    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class BoundRun:

@@ -234,10 +234,14 @@ def draw_attention_case(seed: int) -> tuple[dict[str, Array], dict[str, Any]]:
     def draw(*shape: int) -> Array:
         return rng.normal(size=shape).astype(dtype)
 
+    def turns() -> Array:
+        return (rng.integers(-4, 5, (batch, new, width // 2)) / 4).astype(dtype)
+
     inputs = {
-        "query": draw(batch, new, group * kv_heads * width),
-        "key": draw(batch, new, kv_heads * width),
-        "value": draw(batch, new, kv_heads * width),
+        # so few bits that rotations are exact in float16
+        "qkv": (draw(batch, new, (group + 2) * kv_heads * width) * 16).clip(-63, 63).round() / 16,
+        "cos": turns(),
+        "sin": turns(),
         "past_key": draw(batch, kv_heads, capacity, width),
         "past_value": draw(batch, kv_heads, capacity, width),
         "seqlens_k": np.full(batch, past + new - 1, np.int32),

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.moments import InputStatistics, StatisticsCollector
+from bivlm_edge.calibration.moments import ALONE, InputStatistics, StatisticsCollector
+from bivlm_edge.distributed import Team
 from bivlm_edge.errors import DataError, UnsupportedModelError
 
 Batch = Mapping[str, Tensor]
 TokenWeights = Mapping[str, Sequence[Tensor]]
 LABELS = "labels"
+_PLAIN = ""  # no layer has this name
 
 
 class Blocks(Protocol):
@@ -37,15 +39,27 @@ class LayerGroup:
     Attributes:
         part: Name of the block sequence.
         layers: Dotted name -> layer, in order of execution.
-        inputs: Statistics with all rows weighing alike.
+        plain: Statistics with all rows weighing alike; None where nobody asked for them.
         weighted: Dotted name -> statistics with the layer's token weights, for layers that have
             such weights.
     """
 
     part: str
     layers: dict[str, nn.Linear]
-    inputs: InputStatistics
+    plain: InputStatistics | None
     weighted: dict[str, InputStatistics]
+
+    @property
+    def inputs(self) -> InputStatistics:
+        """Statistics with all rows weighing alike."""
+        if self.plain is None:
+            raise ValueError("a frozen walk measures no rows alike where all layers have weights.")
+        return self.plain
+
+    def statistics(self, name: str) -> InputStatistics:
+        """Statistics of a layer with its token weights, or with all rows alike without any."""
+        weighted = self.weighted.get(name)
+        return self.inputs if weighted is None else weighted
 
 
 @dataclass(slots=True)
@@ -135,6 +149,9 @@ def walk(
     weighting: Weighting | None = None,
     restore: Callable[[Mapping[str, nn.Linear]], bool] | None = None,
     held: Callable[[str], AbstractContextManager[None]] | None = None,
+    team: Team = ALONE,
+    *,
+    frozen: bool = False,
 ) -> Iterator[LayerGroup]:
     """Yield the groups of linear layers in order of execution, each with fresh statistics.
 
@@ -153,10 +170,16 @@ def walk(
             final weights were known and are in place now, so that the group is not yielded.
         held: Called with a block's name; the block's weights are in memory inside what it returns
             (`models.streaming`). None: they always are.
+        team: The processes that walk together, `batches` being this one's share; statistics are
+            those of all batches.
+        frozen: Whoever consumes the iterator changes nothing, so that one run of a block measures
+            all its groups; statistics with all rows alike are left out where all layers of a group
+            have token weights.
 
     Raises:
         DataError: The input of a layer is not finite; the message names layer and batch.
     """
+    count = team.total(len(batches))
     for sequence in sequences:
         if not sequence.blocks:
             continue
@@ -164,28 +187,23 @@ def walk(
         last = sequence.blocks[-1][0]
         for name, block in sequence.blocks:
             with held(name) if held else nullcontext():
-                yield from _walk_block(sequence.name, name, block, calls, weighting, restore)
+                prefix = f"{name}." if name else ""
+                weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
+                measure = _Measurement(block, calls, weights, team, count, frozen=frozen)
+                named = [
+                    {prefix + local: layer for local, layer in layers.items()}
+                    for layers in _shared_inputs(block, calls[0])
+                ]
+                if frozen:
+                    wanted = [layers for layers in named if not (restore and restore(layers))]
+                    for layers, found in zip(wanted, measure.run(wanted), strict=True):
+                        yield LayerGroup(sequence.name, layers, *found)
+                    continue
+                for layers in named:
+                    if restore is None or not restore(layers):
+                        yield LayerGroup(sequence.name, layers, *measure.run([layers])[0])
                 if name != last:
                     advance(block, calls)
-
-
-def _walk_block(
-    part: str,
-    name: str,
-    block: nn.Module,
-    calls: Sequence[Call],
-    weighting: Weighting | None,
-    restore: Callable[[Mapping[str, nn.Linear]], bool] | None,
-) -> Iterator[LayerGroup]:
-    """Yield the groups of one block; see `walk`."""
-    prefix = f"{name}." if name else ""
-    weights = weighting.weigh(part, name, block, calls) if weighting else {}
-    for layers in _shared_inputs(block, calls[0]):
-        named = {prefix + local: layer for local, layer in layers.items()}
-        if restore is not None and restore(named):
-            continue
-        inputs, weighted = _collect(block, calls, named, weights)
-        yield LayerGroup(part, named, inputs, weighted)
 
 
 @torch.no_grad()
@@ -246,49 +264,93 @@ def _shared_inputs(block: nn.Module, call: Call) -> list[dict[str, nn.Linear]]:
     return list(groups.values())
 
 
-@torch.no_grad()
-def _collect(
-    block: nn.Module,
-    calls: Sequence[Call],
-    layers: Mapping[str, nn.Linear],
-    token_weights: TokenWeights,
-) -> tuple[InputStatistics, dict[str, InputStatistics]]:
-    """Statistics of the input that `layers` share: plain, and by name with token weights.
+class _Collected(NamedTuple):
+    """Statistics of one group of layers, see `LayerGroup`."""
 
-    A layer that runs several times in its block is measured at its first run.
-    """
-    first = next(iter(layers.values()))
-    plain = StatisticsCollector(first.in_features, len(calls))
-    weighted = {
-        name: StatisticsCollector(first.in_features, len(calls))
-        for name in layers
-        if name in token_weights
-    }
-    current = 0
+    plain: InputStatistics | None
+    weighted: dict[str, InputStatistics]
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].reshape(-1, first.in_features)
-        _check_finite(rows, next(iter(layers)), current)
-        plain.add(rows, current)
-        for name, collector in weighted.items():
-            collector.add(rows, current, token_weights[name][current])
-        raise Stopped
 
-    handle = first.register_forward_pre_hook(hook)
-    try:
-        for number, call in enumerate(calls):
-            current = number
-            with suppress(Stopped):
-                call.run(block)
-    finally:
-        handle.remove()
-    statistics = plain.finish()
-    if not bool(torch.isfinite(statistics.fit.hessian).all()):
-        raise DataError(
-            f"the squares of the inputs of '{next(iter(layers))}' exceed what float32 holds. "
-            "Check the checkpoint: activations above 1e19 come from broken weights."
-        )
-    return statistics, {name: collector.finish() for name, collector in weighted.items()}
+class _Measurement:
+    """Runs a block on its calls and collects what groups of its layers see."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        calls: Sequence[Call],
+        weights: TokenWeights,
+        team: Team,
+        count: int,
+        *,
+        frozen: bool,
+    ) -> None:
+        self._block, self._calls, self._weights = block, calls, weights
+        self._team, self._count, self._frozen = team, count, frozen
+        self._numbers = team.numbers(len(calls))  # of this process's batches among all
+        self._current = 0
+
+    @torch.no_grad()
+    def run(self, groups: Sequence[Mapping[str, nn.Linear]]) -> list[_Collected]:
+        """Statistics of each group; a frozen block's output replaces the hidden states as well.
+
+        A layer that runs several times in its block is measured at its first run.
+        """
+        collectors = [self._collectors(layers) for layers in groups]
+        handles = [
+            next(iter(layers.values())).register_forward_pre_hook(self._watch(layers, found))
+            for layers, found in zip(groups, collectors, strict=True)
+        ]
+        try:
+            for number, call in enumerate(self._calls):
+                self._current = number
+                with suppress(Stopped):
+                    hidden = call.run(self._block)
+                    if self._frozen:
+                        call.replace_hidden(hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [
+            self._finish(next(iter(layers)), found)
+            for layers, found in zip(groups, collectors, strict=True)
+        ]
+
+    def _collectors(self, layers: Mapping[str, nn.Linear]) -> dict[str, StatisticsCollector]:
+        """By layer name, and the one with all rows alike under the empty name."""
+        names = [name for name in layers if name in self._weights]
+        if not (self._frozen and len(names) == len(layers)):
+            names.append(_PLAIN)
+        k = next(iter(layers.values())).in_features
+        return {name: StatisticsCollector(k, self._count, self._team) for name in names}
+
+    def _watch(
+        self, layers: Mapping[str, nn.Linear], collectors: Mapping[str, StatisticsCollector]
+    ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        seen: set[int] = set()
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._current in seen:
+                return
+            seen.add(self._current)
+            number = self._numbers[self._current]
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            _check_finite(rows, next(iter(layers)), number)
+            for name, collector in collectors.items():
+                weights = None if name == _PLAIN else self._weights[name][self._current]
+                collector.add(rows, number, weights)
+            if not self._frozen:
+                raise Stopped
+
+        return hook
+
+    def _finish(self, first: str, collectors: Mapping[str, StatisticsCollector]) -> _Collected:
+        found = {name: collector.finish() for name, collector in collectors.items()}
+        if not all(bool(torch.isfinite(one.fit.hessian).all()) for one in found.values()):
+            raise DataError(
+                f"the squares of the inputs of '{first}' exceed what float32 holds. "
+                "Check the checkpoint: activations above 1e19 come from broken weights."
+            )
+        return _Collected(found.pop(_PLAIN, None), found)
 
 
 def _check_finite(rows: Tensor, name: str, batch: int) -> None:

@@ -9,14 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from bivlm_edge.calibration.capture import LABELS, Batch, Blocks
+from bivlm_edge.calibration.moments import ALONE
+from bivlm_edge.distributed import Team
 
 TEMPERATURE = 2.0
 _FLOOR = 0.2
 _IGNORED = -100
+_BATCH_SEEDS = 1_000_003  # apart for every seed
 
 
 def token_importance(
-    module: nn.Module, sequences: Sequence[Blocks], batches: Sequence[Batch], seed: int
+    module: nn.Module,
+    sequences: Sequence[Blocks],
+    batches: Sequence[Batch],
+    seed: int,
+    team: Team = ALONE,
 ) -> dict[str, list[Tensor]]:
     """Root mean square gradient per output row of every linear layer; one backward pass per batch.
 
@@ -37,7 +44,8 @@ def token_importance(
             no layer has weights.
         sequences: Whose linear layers to weigh.
         batches: See `walk`.
-        seed: Seed of the directions.
+        seed: Seed of the directions; each batch draws its own.
+        team: The processes that share the batches, `batches` being this one's.
 
     Returns:
         Dotted layer name -> per batch float32 (rows,); a layer that a batch does not reach is
@@ -50,13 +58,22 @@ def token_importance(
         for local, layer in block.named_modules()
         if isinstance(layer, nn.Linear)
     }
-    generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for batch in batches:
+    for number, batch in zip(team.numbers(len(batches)), batches, strict=True):
+        generator = torch.Generator().manual_seed(_BATCH_SEEDS * seed + number)
         for name, weights in _backward(module, layers, batch, generator).items():
             found[name].append(weights)
-    complete = {name: rows for name, rows in found.items() if len(rows) == len(batches)}
-    return {name: _floored(rows) for name, rows in complete.items()}
+    sums = torch.zeros(len(found), 3, dtype=torch.float64)  # of weights, rows, incomplete layers
+    for index, rows in enumerate(found.values()):
+        sums[index, 2] = float(len(rows) != len(batches))
+        for row in rows:
+            sums[index, :2] += torch.stack([row.double().sum(), torch.tensor(len(row)).double()])
+    totals = team.sum(sums).tolist()
+    return {
+        name: _floored(rows, weight / count)
+        for (name, rows), (weight, count, incomplete) in zip(found.items(), totals, strict=True)
+        if not incomplete
+    }
 
 
 def _backward(
@@ -108,8 +125,7 @@ def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
     return (root - p * root.sum(dim=-1, keepdim=True)).to(logits.dtype)
 
 
-def _floored(rows: list[Tensor]) -> list[Tensor]:
-    mean = float(torch.cat(rows).double().mean())
+def _floored(rows: list[Tensor], mean: float) -> list[Tensor]:
     if mean <= 0.0:
         return [torch.ones_like(row) for row in rows]
     return [row.clamp_min(_FLOOR * mean) for row in rows]

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bivlm_edge.distributed import Team
+
+ALONE = Team()
 HELD_OUT_EVERY = 10
 
 
@@ -57,6 +60,19 @@ class _Accumulator:
         self.rows += len(rows)
         self.weight += float(len(rows)) if weights is None else float(weights.double().sum())
 
+    def pooled(self, team: Team) -> _Accumulator:
+        """The sums over all processes."""
+        if team.size == 1:
+            return self
+        counts = torch.tensor([float(self.rows), self.weight], dtype=torch.float64)
+        parts = [self.squares.reshape(-1), self.sums, counts]
+        lengths = [len(part) for part in parts]
+        squares, sums, counts = torch.split(team.sum(torch.cat(parts)), lengths)
+        whole = _Accumulator(0)
+        whole.squares, whole.sums = squares.reshape(self.squares.shape), sums
+        whole.rows, whole.weight = int(counts[0]), float(counts[1])
+        return whole
+
     def finish(self) -> Moments:
         total = self.weight if self.weight > 0 else 1.0
         squares = (self.squares + self.squares.T) / (2 * total)
@@ -68,16 +84,19 @@ class StatisticsCollector:
 
     Args:
         k: Width of a row.
-        batches: Number of batches that will come; with only one nothing is held out.
+        batches: Number of batches that will come, to all processes together; with only one
+            nothing is held out.
+        team: The processes that take the batches in turn.
     """
 
-    def __init__(self, k: int, batches: int) -> None:
+    def __init__(self, k: int, batches: int, team: Team = ALONE) -> None:
         self._batches = batches
+        self._team = team
         self._fit = _Accumulator(k)
         self._held_out = _Accumulator(k)
 
     def add(self, rows: Tensor, batch: int, weights: Tensor | None = None) -> None:
-        """Add rows (t, k) of batch number `batch`, with weights (t,) or all alike."""
+        """Add rows (t, k) of batch number `batch` of all, with weights (t,) or all alike."""
         held_out = is_held_out(batch, self._batches)
         (self._held_out if held_out else self._fit).add(rows, weights)
 
@@ -86,10 +105,10 @@ class StatisticsCollector:
 
         Rows that only held-out batches had are fitted: there is nothing else to fit.
         """
-        if not self._fit.rows:
-            return InputStatistics(self._held_out.finish(), None)
-        held_out = self._held_out.finish() if self._held_out.rows else None
-        return InputStatistics(self._fit.finish(), held_out)
+        fit, held_out = self._fit.pooled(self._team), self._held_out.pooled(self._team)
+        if not fit.rows:
+            return InputStatistics(held_out.finish(), None)
+        return InputStatistics(fit.finish(), held_out.finish() if held_out.rows else None)
 
 
 def is_held_out(batch: int, batches: int) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +26,7 @@ SMOLLM2 = "smollm2-135m"
 REFERENCE_NAME = "reference model"
 QUESTION_SAMPLES, TEXT_SAMPLES = 512, 128
 DEFAULT_BUDGET = 2.0
+EXIT_TERMINATED = 143
 _PAGE, _PICTURE, _ROWS = "comparison.md", "comparison.png", "comparison.json"
 
 app = new_app()
@@ -157,6 +160,8 @@ def compare(
         model, data, calibration, limit, threads or _threads(), reads_text=reads_text
     )
     folder = _folder(output)
+    # SIGTERM unwinds like an interrupt, so that no run goes on without its parent
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     name = REFERENCE_NAME if model is None else Path(model).name
     with progress_by_name() as tell:
         rows, failures = run_all(runs, setting, name, folder, tell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -214,32 +215,38 @@ def export(
 
     from bivlm_edge.calibration.batches import items_from_folder
     from bivlm_edge.datasets import load_easy_vqa
-    from bivlm_edge.export.exporter import check_target, export_model
+    from bivlm_edge.distributed import joined
+    from bivlm_edge.export.exporter import check_target, export_model, take_part
     from bivlm_edge.models import load_checkpoint
     from bivlm_edge.reference import checkpoint_path
 
-    check_target(target, overwrite=overwrite)
     # SIGTERM unwinds like an interrupt, so that no half-written folder stays behind
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
-    if model is not None and calibration is None and _calibrates(method):
-        typer.echo(
-            "bivlm-export: calibrating on the bundled easy-VQA pictures (64x64 shapes). Pictures "
-            "like those the model will see serve it better: --calibration FOLDER.",
-            err=True,
-        )
     logging.disable_progress_bar()  # one bar is enough
-    with progress_by_name() as tell:
-        items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
-        vlm = load_checkpoint(model or checkpoint_path(), stream=stream or None)
-        result = export_model(
-            vlm,
-            items,
-            target,
-            config,
-            overwrite=overwrite,
-            progress=tell,
-            work_folder=work_folder,
-        )
+    with joined() as team:
+        if team.rank == 0:
+            check_target(target, overwrite=overwrite)
+            if model is not None and calibration is None and _calibrates(method):
+                typer.echo(
+                    "bivlm-export: calibrating on the bundled easy-VQA pictures (64x64 shapes). "
+                    "Pictures like those the model will see serve it better: --calibration FOLDER.",
+                    err=True,
+                )
+        with progress_by_name() if team.rank == 0 else nullcontext() as tell:
+            items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
+            vlm = load_checkpoint(model or checkpoint_path(), stream=stream or None)
+            if team.rank:
+                take_part(vlm, items, config, work_folder)
+                return
+            result = export_model(
+                vlm,
+                items,
+                target,
+                config,
+                overwrite=overwrite,
+                progress=tell,
+                work_folder=work_folder,
+            )
     if as_json:
         show_json(_summary(target, result.report))
         return

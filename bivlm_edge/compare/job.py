@@ -66,11 +66,11 @@ class Job:
 def execute(job: Job, tell: Tell) -> dict[str, Any]:
     """Run a job and return what was measured.
 
-    Keys: `claimed_bits`, `true_bits`, `accuracy`, `open_ended_accuracy`, `perplexity`, `seconds`
-    (calibration and quantization), `evaluation_seconds`, `peak_mb` (VmHWM of this process, 10^6
-    bytes), `quantization_peak_mb` (before the evaluation), `tuning` (what
-    fine-tuning did, or None), `is_finite` (whether the perplexity
-    is), and for questions `questions`, `interval`, `per_kind`, for texts `windows`.
+    Keys: `claimed_bits`, `true_bits`, `accuracy`, `open_ended_accuracy`, `perplexity`,
+    `is_finite` (whether the perplexity is), `tuning` (the report of fine-tuning, or None),
+    `seconds` (calibration, quantization and fine-tuning), `evaluation_seconds`, `peak_mb` (VmHWM
+    of this process, 10^6 bytes), `quantization_peak_mb` (before the evaluation), and for questions
+    `questions`, `interval`, `open_ended_interval`, `per_kind`, for texts `windows`.
     """
     torch.set_num_threads(job.threads)
     config = QuantConfig(**job.config)

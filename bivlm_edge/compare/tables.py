@@ -91,8 +91,9 @@ def _explanation(rows: Sequence[Row]) -> str:
         "True bits count every byte of the quantized linear layers in the exported file; claimed "
         "bits are what the method's paper would count. The vocabulary is rounded to 8 bits beside "
         f"them, as in an export, and counted in neither. Perplexity is that of {perplexity}. "
-        "Seconds are calibration and quantization, without loading and evaluating; peak MB "
-        "(10^6 bytes) is the highest resident memory of the run's process, evaluation included."
+        "Seconds are calibration, quantization and fine-tuning, without loading and evaluating; "
+        "peak MB (10^6 bytes) is the highest resident memory of the run's process, evaluation "
+        "included."
     )
 
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from bivlm_edge import distributed
 from bivlm_edge.calibration.capture import Batch, Blocks, FixedWeights, LayerGroup, Weighting, walk
 from bivlm_edge.calibration.importance import token_importance
 from bivlm_edge.calibration.moments import Moments
 from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
 from bivlm_edge.config import QuantConfig
+from bivlm_edge.distributed import Team
 from bivlm_edge.errors import CheckpointError, RequestError
 from bivlm_edge.quant import methods
 from bivlm_edge.quant.allocation import Plan, allocate, group_plans
@@ -146,7 +148,9 @@ def quantize_model(
         raise RequestError("there are no calibration batches. Give at least one.")
     streamed: StreamedBlocks | None = getattr(vlm, "streamed", None)
     held = streamed.held if streamed else None
-    work = _open_work_folder(work_folder, vlm.module, streamed, batches, config)
+    team = distributed.current()
+    work = _open_work_folder(work_folder, vlm.module, streamed, batches, config, team)
+    batches = team.share(batches)
     _check_weights(vlm.module, streamed, result.skipped)
     sequences = vlm.block_sequences()
     total = len(linear_layers(vlm.module)) - len(result.skipped)
@@ -154,10 +158,12 @@ def quantize_model(
     plans: Mapping[str, Plan] = {}
     if config.token_weights == "loss":
         with streamed.recomputing() if streamed else nullcontext():
-            weighting = _fixed_weights(vlm, sequences, batches, config, work)
+            weighting = _fixed_weights(vlm, sequences, batches, config, work, team)
     needs = methods.declaration(config.method).needs
     if "budget" in needs and "model-budget" not in config.without:
-        walk_once = partial(walk, vlm.module, sequences, batches, weighting, held=held)
+        walk_once = partial(
+            walk, vlm.module, sequences, batches, weighting, held=held, team=team, frozen=True
+        )
         plans = _plan(walk_once, result.skipped, config, work)
     if config.token_weights == "vlmq":
         weighting = VlmqWeighting(
@@ -177,7 +183,7 @@ def quantize_model(
             for name in names:
                 streamed.keep(name, result.weights[name], layers[name].bias)
 
-    for group in walk(vlm.module, sequences, batches, weighting, restore, held):
+    for group in walk(vlm.module, sequences, batches, weighting, restore, held, team):
         names = [name for name in group.layers if name not in result.skipped]
         if progress is not None:
             for done, name in enumerate(names, start=len(result.weights)):
@@ -241,6 +247,7 @@ def _open_work_folder(
     streamed: StreamedBlocks | None,
     batches: Sequence[Batch],
     config: QuantConfig,
+    team: Team,
 ) -> WorkFolder:
     if path is None:
         return WorkFolder(None)
@@ -248,7 +255,8 @@ def _open_work_folder(
         (name, streamed.read(name) if streamed and tensor.is_meta else tensor)
         for name, tensor in module.state_dict().items()
     )
-    return WorkFolder(path, describe_run(tensors, batches, config))
+    run = {} if team.rank else describe_run(tensors, batches, config, team)
+    return WorkFolder(path, run, team)
 
 
 def _check_weights(
@@ -288,21 +296,26 @@ def _fixed_weights(
     batches: Sequence[Batch],
     config: QuantConfig,
     work: WorkFolder,
+    team: Team,
 ) -> FixedWeights:
-    """Token weights of all layers, from the work folder if they are there."""
-    found = work.load("importance")
+    """Token weights of all layers, from the work folder if they are there.
+
+    Of several processes each has those of its own batches, and keeps none.
+    """
+    found = work.load("importance") if team.size == 1 else None
     if found is not None:
         split: dict[str, list[Tensor]] = {
             name: list(torch.split(torch.from_numpy(found.arrays[name]), lengths))
             for name, lengths in found.values.items()
         }
         return FixedWeights(split)
-    weights = token_importance(vlm.module, sequences, batches, config.seed)
-    work.save(
-        "importance",
-        {name: [len(row) for row in rows] for name, rows in weights.items()},
-        {name: torch.cat(rows).numpy() for name, rows in weights.items()},
-    )
+    weights = token_importance(vlm.module, sequences, batches, config.seed, team)
+    if team.size == 1:
+        work.save(
+            "importance",
+            {name: [len(row) for row in rows] for name, rows in weights.items()},
+            {name: torch.cat(rows).numpy() for name, rows in weights.items()},
+        )
     return FixedWeights(weights)
 
 
@@ -415,7 +428,7 @@ def _calibrated(name: str, group: LayerGroup, config: QuantConfig) -> Calibrated
     """A layer with Hessians in the scale in which errors of all layers of a model compare."""
     layer = group.layers[name]
     weight = layer.weight.detach().float().clone()
-    statistics = group.weighted.get(name, group.inputs)
+    statistics = group.statistics(name)
     fit = statistics.fit
     if name in group.weighted:
         scale = fit.weight
@@ -490,7 +503,7 @@ def _install(
     judged = group.inputs.held_out or group.inputs.fit
     moments = judged.hessian
     if _corrects_bias(layer, config):
-        mean = group.weighted.get(name, group.inputs).fit.mean
+        mean = group.statistics(name).fit.mean
         layer.bias.add_((weight - rounded).double() @ mean)
         moments = judged.around(mean)
     energy = output_energy(weight, judged.hessian)

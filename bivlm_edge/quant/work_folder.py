@@ -24,7 +24,9 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from torch import Tensor
 
+from bivlm_edge.calibration.moments import ALONE
 from bivlm_edge.config import QuantConfig
+from bivlm_edge.distributed import Team
 from bivlm_edge.errors import OutputError, RequestError
 from bivlm_edge.quant.packed import FORMAT, BinaryWeight
 from bivlm_edge.quant.weights import DenseWeight, GroupWeight, QuantizedWeight
@@ -57,15 +59,18 @@ class WorkFolder:
         path: The folder; made if it is missing.
         run: What the steps depend on, plain values by name (`describe_run`); ignored without a
             path.
+        team: The processes that quantize together; the first alone reads and writes the folder.
 
     Raises:
         RequestError: The folder belongs to another run; the message says what differs.
         OutputError: The folder cannot be written, or holds something else.
     """
 
-    def __init__(self, path: Path | None, run: Mapping[str, Any] | None = None) -> None:
-        self._path = path
-        if path is None:
+    def __init__(
+        self, path: Path | None, run: Mapping[str, Any] | None = None, team: Team = ALONE
+    ) -> None:
+        self._path, self._team = path, team
+        if path is None or team.rank:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -90,9 +95,8 @@ class WorkFolder:
         if self._path is None:
             return None
         file = self._path / (name + _SUFFIX)
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError:
+        data = self._team.bytes_of_first(self._read(file))
+        if data is None:
             return None
         try:
             arrays = load_arrays(data)
@@ -117,7 +121,7 @@ class WorkFolder:
         Raises:
             OutputError: The disk is full or the folder not writable.
         """
-        if self._path is None:
+        if self._path is None or self._team.rank:
             return
         stored = json.dumps(values).encode()
         extra = {
@@ -126,6 +130,14 @@ class WorkFolder:
         }
         contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
         _write(self._path / (name + _SUFFIX), save_arrays(contiguous | extra))
+
+    def _read(self, file: Path) -> bytes | None:
+        if self._team.rank:
+            return None
+        try:
+            return file.read_bytes()
+        except FileNotFoundError:
+            return None
 
 
 def _digest(values: bytes, arrays: Mapping[str, Array]) -> bytes:
@@ -186,6 +198,7 @@ def describe_run(
     tensors: Iterable[tuple[str, Tensor]],
     batches: Sequence[Mapping[str, Tensor]],
     config: QuantConfig,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """What a quantization depends on, by the names that `WorkFolder` uses in its message.
 
@@ -193,6 +206,7 @@ def describe_run(
         tensors: Parameters and buffers of the float model, by name.
         batches: Calibration batches.
         config: Options.
+        team: The processes that share the work.
     """
     options = {
         f"option {name}": sorted(value) if isinstance(value, frozenset) else value
@@ -204,6 +218,7 @@ def describe_run(
         "format of packed weights": FORMAT,
         "torch": str(torch.__version__),
         "threads of torch": torch.get_num_threads(),
+        "processes": team.size,
         "weights of the checkpoint": _hash_tensors(tensors),
         "calibration data": _hash_tensors(
             (f"{number}.{name}", tensor)

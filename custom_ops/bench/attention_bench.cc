@@ -65,6 +65,7 @@ Options Parse(int count, char** texts) {
   if (options.heads % options.kv_heads != 0) {
     throw std::invalid_argument("--heads is no multiple of --kv-heads");
   }
+  if (options.width % 2 != 0) throw std::invalid_argument("--width is odd");
   return options;
 }
 
@@ -85,9 +86,10 @@ void Bench(const Options& options) {
   const std::size_t cache_floats = options.kv_heads * total * options.width;
   std::vector<std::vector<float>> caches;  // key, value, key, value, ...
   for (std::size_t i = 0; i < 2 * options.layers; ++i) caches.push_back(draw(cache_floats));
-  const std::vector<float> query = draw(options.tokens * options.heads * options.width);
-  const std::vector<float> states = draw(options.tokens * options.kv_heads * options.width);
-  std::vector<float> output(query.size());
+  const std::vector<float> states =
+      draw(options.tokens * (options.heads + 2 * options.kv_heads) * options.width);
+  const std::vector<float> angles(options.tokens * options.width / 2, 0.7F);
+  std::vector<float> output(options.tokens * options.heads * options.width);
   const int32_t last = static_cast<int32_t>(total - 1);
   ThreadPool pool(options.threads);
 
@@ -102,8 +104,8 @@ void Bench(const Options& options) {
       args.past_capacity = args.capacity = total;
       args.scale = 0.125F;
       args.last_index = &last;
-      args.query = query.data();
-      args.key = args.value = states.data();
+      args.qkv = states.data();
+      args.cos = args.sin = angles.data();
       args.past_key = args.present_key = caches[2 * layer].data();
       args.past_value = args.present_value = caches[2 * layer + 1].data();
       args.output = output.data();

@@ -22,7 +22,10 @@ struct Problem {
   std::size_t past_capacity = 0;
   std::vector<std::size_t> past;  // per row
   double scale = 0.25;
-  std::vector<float> query, key, value, past_key, past_value;
+  std::vector<float> qkv, cos, sin, past_key, past_value;
+  // What Derive makes of them: (b, s, heads, d), the terms that a query is the sum of, (b, s,
+  // kv_heads, d).
+  std::vector<double> query, query_terms, key, value;
 
   std::size_t total() const { return *std::max_element(past.begin(), past.end()) + s; }
   std::size_t capacity() const { return std::max(past_capacity, total()); }
@@ -35,18 +38,58 @@ struct Problem {
   }
 };
 
-// Random contents that are exact in float16; positions behind the past are NaN.
+// Rotates the queries and keys.
+void Derive(Problem* p) {
+  p->query.clear();
+  p->query_terms.clear();
+  p->key.clear();
+  p->value.clear();
+  for (std::size_t token = 0; token < p->b * p->s; ++token) {
+    for (std::size_t head = 0; head < p->heads + 2 * p->kv_heads; ++head) {
+      const float* states = &p->qkv[(token * (p->heads + 2 * p->kv_heads) + head) * p->d];
+      for (std::size_t f = 0; f < p->d; ++f) {
+        const std::size_t half = p->d / 2;
+        const double c = p->cos[token * half + f % half];
+        const double s = p->sin[token * half + f % half];
+        const double turned = f < half ? -s * states[f + half] : s * states[f - half];
+        const double rotated = c * states[f] + turned;
+        if (head < p->heads) {
+          p->query.push_back(rotated);
+          p->query_terms.push_back(std::fabs(c * states[f]) + std::fabs(turned));
+        } else if (head < p->heads + p->kv_heads) {
+          p->key.push_back(rotated);
+        } else {
+          p->value.push_back(states[f]);
+        }
+      }
+    }
+  }
+}
+
+// Random contents with so few bits that rotations are exact in float16; positions behind the past
+// are NaN.
 Problem Make(Problem p, uint64_t seed, float size = 1.0F) {
   std::mt19937_64 random(seed);
-  std::normal_distribution<float> normal(0.0F, size);
+  std::normal_distribution<float> normal(0.0F, 1.0F);
+  const float step = size < 2.0F ? 0x1p-4F : 0x1p-1F;
   const auto fill = [&](std::size_t count) {
     std::vector<float> values(count);
-    for (float& value : values) value = FloatFromHalf(HalfFromFloat(normal(random)));
+    for (float& value : values) {
+      value = std::round(std::clamp(normal(random), -3.9F, 3.9F) * size / step) * step;
+    }
     return values;
   };
-  p.query = fill(p.b * p.s * p.heads * p.d);
-  p.key = fill(p.b * p.s * p.kv_heads * p.d);
-  p.value = fill(p.b * p.s * p.kv_heads * p.d);
+  const auto turns = [&](std::size_t count) {
+    std::vector<float> values(count);
+    for (float& value : values) {
+      value = 0.25F * static_cast<float>(std::uniform_int_distribution<int>(-4, 4)(random));
+    }
+    return values;
+  };
+  p.qkv = fill(p.b * p.s * (p.heads + 2 * p.kv_heads) * p.d);
+  p.cos = turns(p.b * p.s * p.d / 2);
+  p.sin = turns(p.b * p.s * p.d / 2);
+  Derive(&p);
   for (std::vector<float>* cache : {&p.past_key, &p.past_value}) {
     *cache = fill(p.b * p.kv_heads * p.past_capacity * p.d);
     for (std::size_t i = 0; i < cache->size(); ++i) {
@@ -58,7 +101,7 @@ Problem Make(Problem p, uint64_t seed, float size = 1.0F) {
 }
 
 // Element (row, kv head, position, feature) of the keys or values of all tokens.
-double At(const Problem& p, const std::vector<float>& past, const std::vector<float>& states,
+double At(const Problem& p, const std::vector<float>& past, const std::vector<double>& states,
           std::size_t row, std::size_t head, std::size_t position, std::size_t f) {
   if (position < p.past[row]) {
     return past[((row * p.kv_heads + head) * p.past_capacity + position) * p.d + f];
@@ -72,7 +115,8 @@ struct Value {
 };
 
 // Output (b, s, heads, d). The bound: weights are off by the relative error of e^x, the rounding of
-// x = scale * dot, and that of the sums; so are their products with the values.
+// x = scale * dot with its rotated query, and that of the sums; so are their products with the
+// values.
 std::vector<Value> Reference(const Problem& p) {
   std::vector<Value> output(p.query.size());
   for (std::size_t row = 0; row < p.b; ++row) {
@@ -87,10 +131,9 @@ std::vector<Value> Reference(const Problem& p) {
         for (std::size_t k = 0; k < keys; ++k) {
           double magnitude = 0.0;
           for (std::size_t f = 0; f < p.d; ++f) {
-            const double term =
-                p.scale * p.query[at + f] * At(p, p.past_key, p.key, row, kv_head, k, f);
-            scores[k] += term;
-            magnitude += std::fabs(term);
+            const double factor = p.scale * At(p, p.past_key, p.key, row, kv_head, k, f);
+            scores[k] += factor * p.query[at + f];
+            magnitude += std::fabs(factor) * p.query_terms[at + f];
           }
           largest = std::max(largest, scores[k]);
           score_error = std::max(score_error, magnitude * FLT_EPSILON * (2.0 + double(p.d) / 8));
@@ -142,7 +185,7 @@ class TensorMemory {
 };
 
 void ExpectPresent(Checker* check, const Problem& p, const std::string& what,
-                   const std::vector<float>& past, const std::vector<float>& states,
+                   const std::vector<float>& past, const std::vector<double>& states,
                    TensorMemory* present, bool in_place) {
   std::size_t wrong = 0;
   for (std::size_t row = 0; row < p.b; ++row) {
@@ -167,9 +210,9 @@ void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, bool f
          bool in_place, const Executor& executor, const std::vector<Value>& want) {
   const std::string what = std::string(kernel.name) + " " + p.Text() +
                            (float16 ? " float16" : " float32") + (in_place ? " in place" : " anew");
-  TensorMemory query(p.query, p.query.size(), float16);
-  TensorMemory key(p.key, p.key.size(), float16);
-  TensorMemory value(p.value, p.value.size(), float16);
+  TensorMemory qkv(p.qkv, p.qkv.size(), float16);
+  TensorMemory cos(p.cos, p.cos.size(), float16);
+  TensorMemory sin(p.sin, p.sin.size(), float16);
   TensorMemory past_key(p.past_key, p.past_key.size(), float16);
   TensorMemory past_value(p.past_value, p.past_value.size(), float16);
   const std::size_t present_size = p.b * p.kv_heads * p.capacity() * p.d;
@@ -190,9 +233,9 @@ void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, bool f
   args.capacity = p.capacity();
   args.scale = static_cast<float>(p.scale);
   args.last_index = last.data();
-  args.query = query.data();
-  args.key = key.data();
-  args.value = value.data();
+  args.qkv = qkv.data();
+  args.cos = cos.data();
+  args.sin = sin.data();
   args.past_key = past_key.data();
   args.past_value = past_value.data();
   args.output = output.data();
@@ -205,7 +248,7 @@ void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, bool f
   ExpectPresent(check, p, what + " value", p.past_value, p.value,
                 in_place ? &past_value : &new_value, in_place);
   for (const TensorMemory* memory :
-       {&query, &key, &value, &past_key, &past_value, &new_key, &new_value, &output}) {
+       {&qkv, &cos, &sin, &past_key, &past_value, &new_key, &new_value, &output}) {
     check->Expect(memory->IsIntact(), what, ": wrote outside a tensor");
   }
   for (std::size_t i = 0; i < want.size(); ++i) {
@@ -219,6 +262,26 @@ void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, bool f
     check->Expect(close, what, " at ", i, ": got ", got, " want ", want[i].value, " bound ", bound);
     if (!close) return;
   }
+}
+
+// What a kernel makes of element i of the keys.
+double RotatedKey(const Problem& p, const AttentionKernel& kernel, bool float16, std::size_t i) {
+  TensorMemory qkv(p.qkv, p.qkv.size(), float16);
+  TensorMemory cos(p.cos, p.cos.size(), float16);
+  TensorMemory sin(p.sin, p.sin.size(), float16);
+  TensorMemory key({}, p.d, float16);
+  AttentionArgs args;
+  args.type = float16 ? ElementType::kFloat16 : ElementType::kFloat32;
+  args.b = p.b;
+  args.s = p.s;
+  args.heads = p.heads;
+  args.kv_heads = p.kv_heads;
+  args.d = p.d;
+  args.qkv = qkv.data();
+  args.cos = cos.data();
+  args.sin = sin.data();
+  kernel.functions->rotate_key(args, i / p.d / p.kv_heads, i / p.d % p.kv_heads, key.data());
+  return key.Get(i % p.d);
 }
 
 void RunAll(Checker* check, const Problem& p, const Executor& executor = Executor()) {
@@ -256,7 +319,7 @@ void Decode(Checker* check) {
       ++seed;
     }
   }
-  for (const std::size_t d : {1, 3, 4, 5, 8, 15, 16, 17, 31, 32, 48, 64, 80, 100, 128, 130}) {
+  for (const std::size_t d : {2, 4, 6, 8, 10, 14, 16, 18, 30, 32, 48, 64, 80, 100, 128, 258}) {
     RunAll(check, Make(Shape(1, 70, 6, 2, d, 71), seed++));
   }
 }
@@ -270,7 +333,7 @@ void Prefill(Checker* check) {
       ++seed;
     }
   }
-  for (const std::size_t d : {1, 7, 16, 33, 64, 72, 128}) {
+  for (const std::size_t d : {2, 6, 16, 34, 64, 72, 128}) {
     RunAll(check, Make(Shape(40, 30, 2, 2, d, 30), seed++));
   }
   RunAll(check, Make(Shape(2, 3, 300, 1, 8, 5), seed));  // a group larger than a task
@@ -308,13 +371,55 @@ void NotFinite(Checker* check) {
   for (const std::size_t tokens : {1, 30}) {
     const Problem finite = Make(Shape(tokens, 80, 4, 2, 16, 80 + tokens), 9);
     Problem p = finite;
-    p.query[5] = kNan;
+    p.qkv[5] = kNan;
+    Derive(&p);
     RunAll(check, p);
     for (const float value : {INFINITY, -INFINITY}) {
       p = finite;
-      for (std::size_t f = 0; f < p.d; ++f) p.query[f] = 0.5F;
+      for (std::size_t f = 0; f < p.d; ++f) p.qkv[f] = 0.5F;
+      for (std::size_t f = 0; f < p.d / 2; ++f) {
+        p.cos[f] = 1.0F;
+        p.sin[f] = 0.0F;
+      }
+      Derive(&p);
       p.past_key[70 * p.d + 3] = value;
       RunAll(check, p);
+    }
+  }
+}
+
+// Angles of any kind: a key in present is its rotation rounded once, and its score that of the
+// rounded one.
+void RoundedRotations(Checker* check) {
+  for (const std::size_t d : {20, 64, 258}) {
+    Problem p = Make(Shape(3, 0, 2, 1, d, 3), d);
+    std::mt19937_64 random(d);
+    std::uniform_real_distribution<double> angle(0.0, 6.3);
+    for (std::size_t i = 0; i < p.cos.size(); ++i) {
+      const double a = angle(random);
+      p.cos[i] = FloatFromHalf(HalfFromFloat(static_cast<float>(std::cos(a))));
+      p.sin[i] = FloatFromHalf(HalfFromFloat(static_cast<float>(std::sin(a))));
+    }
+    Derive(&p);
+    for (const AttentionKernel& kernel : AttentionKernels()) {
+      if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+      for (const bool float16 : {false, true}) {
+        Problem rounded = p;
+        for (std::size_t i = 0; i < p.key.size(); ++i) {
+          const std::size_t token = i / d;
+          const std::size_t f = i % d;
+          const std::size_t partner = f < d / 2 ? f + d / 2 : f - d / 2;
+          const float* states = &p.qkv[(token * 4 + 2) * d];
+          const double terms = std::fabs(p.cos[token * d / 2 + f % (d / 2)] * states[f]) +
+                               std::fabs(p.sin[token * d / 2 + f % (d / 2)] * states[partner]);
+          const double got = RotatedKey(p, kernel, float16, i);
+          const double bound = FLT_EPSILON * terms + (float16 ? std::fabs(p.key[i]) * 0x1p-11 : 0);
+          check->Expect(std::fabs(got - p.key[i]) <= bound, kernel.name, " d=", d, " key ", i,
+                        ": got ", got, " want ", p.key[i]);
+          rounded.key[i] = got;
+        }
+        Run(check, rounded, kernel, float16, true, Executor(), Reference(rounded));
+      }
     }
   }
 }
@@ -338,6 +443,7 @@ int main() {
   bivlm::testing::Threads(&check);
   bivlm::testing::LargeScores(&check);
   bivlm::testing::NotFinite(&check);
+  bivlm::testing::RoundedRotations(&check);
   bivlm::testing::NothingToDo(&check);
   std::printf("kernels tested: %s\n",
               bivlm::AvailableAttentionNames(bivlm::SupportedIsa()).c_str());

@@ -28,14 +28,16 @@ std::vector<BinaryMatMulKernel> TestedKernels() {
 }
 
 // Which rule of OPS.md a kernel rounds by.
-enum class Rule { kExact, kInt8, kLookup };
+enum class Rule { kExact, kInt8, kLookup, kWideLookup };
 
 constexpr std::size_t kMostLookupTokens = 4;
 
 Rule RuleOf(const BinaryMatMulKernel& kernel, std::size_t m) {
   if (kernel.isa == isa::kNone) return Rule::kExact;
-  const bool looks_up = std::string(kernel.name) == "avx512vbmi" && m <= kMostLookupTokens;
-  return looks_up ? Rule::kLookup : Rule::kInt8;
+  const std::string name = kernel.name;
+  const bool looks_up = name == "avx512vbmi" || name == "amx";
+  if (looks_up && m <= kMostLookupTokens) return Rule::kLookup;
+  return name == "avx512vbmi" ? Rule::kWideLookup : Rule::kInt8;
 }
 
 enum class Order { kNone, kColumns, kChunks };
@@ -204,6 +206,8 @@ void CheckRow(Checker* check, const BinaryMatMulKernel& kernel, const Case& c,
   const Rule rule = RuleOf(kernel, c.m);
   std::vector<Int8Chunk> chunks;
   std::vector<LookupChunk> tables;
+  std::vector<WideUnit> units;
+  if (rule == Rule::kWideLookup && transform.is_finite) units = MakeWideUnits(w, transform);
   for (std::size_t chunk = 0; chunk < w.padded_k() / 64 && transform.is_finite; ++chunk) {
     if (rule == Rule::kInt8) chunks.push_back(QuantizeChunk(transform, chunk));
     if (rule == Rule::kLookup) tables.push_back(MakeLookupChunk(transform, chunk));
@@ -219,6 +223,10 @@ void CheckRow(Checker* check, const BinaryMatMulKernel& kernel, const Case& c,
       const LookupProduct product = ProductByLookup(w, transform, tables, i);
       Compare(check, "lookup", kernel, c, row, i, got, product.emulated);
       Compare(check, "lookup against exact", kernel, c, row, i, got, product.exact);
+    } else if (rule == Rule::kWideLookup) {
+      const LookupProduct product = ProductByWideLookup(w, transform, units, i);
+      Compare(check, "wide lookup", kernel, c, row, i, got, product.emulated);
+      Compare(check, "wide lookup against exact", kernel, c, row, i, got, product.exact);
     } else {
       const Int8Product product = ProductInInt8(w, transform, chunks, i);
       Compare(check, "int8", kernel, c, row, i, got, product.emulated);
@@ -343,9 +351,10 @@ void ExpectRowsAsAlone(Checker* check, const Case& c) {
   }
 }
 
-// Numbers of tokens around the tiles and row blocks of the kernels (up to 4 by lookup, up to 8
-// tokens at a time; from 17 on, tiles of 6 in blocks of 128), with an odd number of panels and an n
-// that is no multiple of 16, over streams that end before, at and after a block of 512 columns.
+// Numbers of tokens around the tiles and row blocks of the kernels (up to 4 by lookup, tiles of 4
+// by wide lookup, up to 8 tokens at a time; from 17 on, tiles of 6 in blocks of 128), with an odd
+// number of panels and an n that is no multiple of 16, over streams that end before, at and after a
+// block of 512 columns, with 0 to 4 chunks left over by runs of five.
 void TilesOfTokens(Checker* check) {
   const std::vector<std::vector<int64_t>> lists = {
       {1216, 1216}, {1216}, {1216, 576, 512, 64}, {1216, 1152, 640}, {1216, 1024, 1024, 1024}};
@@ -447,7 +456,8 @@ int main() {
   const std::vector<bivlm::BinaryMatMulKernel> kernels = bivlm::testing::TestedKernels();
   if (kernels.empty()) {
     std::printf(
-        "skipped: this CPU has no AVX-512 VNNI, which the emulated kernel needs beside AMX\n");
+        "skipped: this CPU lacks AVX-512 VNNI, VBMI or GFNI, which the emulated kernel needs "
+        "beside AMX\n");
     return bivlm::testing::kSkipped;
   }
   bivlm::testing::Checker check;

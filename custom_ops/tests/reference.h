@@ -338,6 +338,158 @@ struct LookupProduct {
   ReferenceValue exact;     // the exact product; bound: that of OPS.md for the lookup rule
 };
 
+// A unit of the wide lookup rule of OPS.md: its groups, and its scale in float32.
+struct WideUnit {
+  std::vector<std::vector<std::size_t>> groups;  // columns, 4 or 5 each
+  double scale = 0.0;
+  float inverse = 0.0F;
+  double scale_error = 0.0;  // where the transform is not exact in float32
+};
+
+// A unit that looks up `chunks` chunks from `chunk` on. If a fifth chunk is given, the groups of
+// the unit's chunk number n take their fifth columns from its columns 16 t + 4 (position + n) + e.
+inline WideUnit MakeWideUnit(const ReferenceTransform& x, std::size_t chunk, std::size_t chunks,
+                             const std::size_t* fifth_chunk, std::size_t position) {
+  WideUnit unit;
+  float largest = 0.0F;
+  double transform_error = 0.0;
+  for (std::size_t group = 0; group < 16 * chunks; ++group) {
+    const std::size_t n = group / 16;
+    const std::size_t t = group % 16 / 4;
+    const std::size_t e = group % 4;
+    std::vector<std::size_t> columns;
+    for (std::size_t i = 0; i < 4; ++i) columns.push_back(64 * (chunk + n) + 16 * t + 4 * i + e);
+    if (fifth_chunk != nullptr)
+      columns.push_back(64 * *fifth_chunk + 16 * t + 4 * (position + n) + e);
+    float eighths[5] = {};
+    double group_error = 0.0;
+    for (std::size_t i = 0; i < columns.size(); ++i) {
+      eighths[i] = std::fabs(static_cast<float>(x.v[columns[i]])) * 0.125F;
+      group_error += x.error[columns[i]];
+    }
+    const float sum = (eighths[0] + eighths[1]) + (eighths[2] + eighths[3]);
+    largest = std::max(largest, sum + eighths[4]);
+    transform_error = std::max(transform_error, group_error);
+    unit.groups.push_back(columns);
+  }
+  const float scale = largest / 15.875F;
+  if (scale < FLT_MIN) return unit;
+  unit.scale = scale;
+  unit.inverse = 1.0F / scale;
+  if (transform_error > 0.0) {
+    unit.scale_error = transform_error / 127.0 + 4.0 * FLT_EPSILON * unit.scale;
+  }
+  return unit;
+}
+
+// The units of all classes.
+inline std::vector<WideUnit> MakeWideUnits(const ReferenceWeight& w, const ReferenceTransform& x) {
+  std::vector<WideUnit> units;
+  const std::size_t chunks = w.padded_k() / 64;
+  for (std::size_t begin = 0; begin < chunks;) {
+    std::size_t end = begin;
+    while (end < chunks && w.planes(64 * end) == w.planes(64 * begin)) ++end;
+    for (; end - begin >= 5; begin += 5) {
+      const std::size_t fifth = begin + 4;
+      units.push_back(MakeWideUnit(x, begin, 2, &fifth, 0));
+      units.push_back(MakeWideUnit(x, begin + 2, 2, &fifth, 2));
+    }
+    for (; begin < end; begin += std::min<std::size_t>(2, end - begin)) {
+      units.push_back(MakeWideUnit(x, begin, std::min<std::size_t>(2, end - begin), nullptr, 0));
+    }
+  }
+  return units;
+}
+
+// What the wide lookup rule makes of coefficients: q * step.
+struct WideCoefficients {
+  double exact[2] = {};
+  double rounded[2] = {};
+  double step = 0.0;  // 0 for a single plane
+  std::size_t planes = 1;
+};
+
+inline WideCoefficients RoundCoefficients(const ReferenceWeight& w, std::size_t p, std::size_t row,
+                                          std::size_t j) {
+  WideCoefficients result;
+  result.planes = p + 1 < w.planes(j) ? 2 : 1;
+  float largest = 0.0F;
+  for (std::size_t i = 0; i < result.planes; ++i) {
+    result.exact[i] = w.coefficient(p + i, row, j);
+    result.rounded[i] = result.exact[i];
+    largest = std::max(largest, std::fabs(static_cast<float>(result.exact[i])));
+  }
+  if (result.planes == 1 || largest == 0.0F) return result;
+  const float step = largest / 127.0F;
+  result.step = step;
+  for (std::size_t i = 0; i < 2; ++i) {
+    result.rounded[i] = std::nearbyint(static_cast<float>(result.exact[i]) / step) * result.step;
+  }
+  return result;
+}
+
+// The sum of a group for the signs of a row and plane, times the scale; its error as in
+// LookupChunk.
+inline ReferenceValue WideSum(const ReferenceTransform& x, const WideUnit& unit,
+                              const std::vector<std::size_t>& columns,
+                              const std::vector<double>& signs) {
+  float terms[5] = {};
+  double error = 0.0;
+  for (std::size_t i = 0; i < columns.size(); ++i) {
+    const float ratio = static_cast<float>(x.v[columns[i]]) * unit.inverse;
+    terms[i] = signs[i] > 0 ? ratio : -ratio;
+    error += x.error[columns[i]];
+  }
+  const float sum = ((terms[0] + terms[1]) + (terms[2] + terms[3])) + terms[4];
+  const double rounded = std::nearbyint(sum);
+  ReferenceValue result = {rounded * unit.scale, 0.0};
+  if (unit.scale_error == 0.0) return result;
+  const double shift = (error + 127.0 * unit.scale_error) / unit.scale + 254.0 * FLT_EPSILON;
+  const double from_tie = 0.5 - std::fabs(static_cast<double>(sum) - rounded);
+  result.bound = std::fabs(rounded) * unit.scale_error + (from_tie <= shift ? unit.scale : 0.0);
+  return result;
+}
+
+// x is finite. `units` is MakeWideUnits.
+inline LookupProduct ProductByWideLookup(const ReferenceWeight& w, const ReferenceTransform& x,
+                                         const std::vector<WideUnit>& units, std::size_t row) {
+  LookupProduct result;
+  double absolute = 0.0;
+  for (const WideUnit& unit : units) {
+    const std::size_t planes = w.planes(unit.groups[0][0]);
+    for (std::size_t p = 0; p < planes; ++p) {
+      const WideCoefficients pair = RoundCoefficients(w, p / 2 * 2, row, unit.groups[0][0]);
+      const double alpha = pair.exact[p % 2];
+      const double factor = pair.rounded[p % 2];
+      for (const std::vector<std::size_t>& columns : unit.groups) {
+        std::vector<double> signs;
+        double exact = 0.0;
+        double magnitude = 0.0;
+        for (const std::size_t j : columns) {
+          signs.push_back(w.sign(p, row, j));
+          exact += signs.back() * x.v[j];
+          magnitude += std::fabs(x.v[j]);
+          result.exact.bound += std::fabs(alpha) * x.error[j];
+        }
+        const ReferenceValue sum = WideSum(x, unit, columns, signs);
+        absolute += std::fabs(factor * sum.value) + std::fabs(alpha) * magnitude;
+        result.emulated.value += factor * sum.value;
+        result.emulated.bound += std::fabs(factor) * sum.bound;
+        result.exact.value += alpha * exact;
+        result.exact.bound +=
+            std::fabs(factor) * 0.501 * unit.scale + 0.501 * pair.step * magnitude;
+        if (unit.scale == 0.0) result.exact.bound += std::fabs(alpha) * 127 * double{FLT_MIN};
+      }
+    }
+  }
+  // Sums within a unit are exact; per unit and per stream there is a product and a sum.
+  const double roundings = static_cast<double>(units.size()) + 16.0;
+  const double rounding_error = roundings * (FLT_EPSILON * absolute + kSmallestFloat);
+  result.emulated.bound += rounding_error;
+  result.exact.bound += rounding_error;
+  return result;
+}
+
 // x is finite. `chunks` is MakeLookupChunk of every chunk.
 inline LookupProduct ProductByLookup(const ReferenceWeight& w, const ReferenceTransform& x,
                                      const std::vector<LookupChunk>& chunks, std::size_t row) {

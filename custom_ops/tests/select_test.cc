@@ -3,6 +3,7 @@
 
 #include "bivlm/attention.h"
 #include "bivlm/binary_matmul.h"
+#include "bivlm/gated_silu.h"
 #include "bivlm/token_prune.h"
 #include "check.h"
 
@@ -18,17 +19,20 @@ void ExpectName(Checker* check, IsaSet supported, const char* forced, const std:
   const std::string matmul = Name(SelectBinaryMatMul(supported, forced));
   const std::string prune = Name(SelectTokenPrune(supported, forced));
   const std::string attention = Name(SelectAttention(supported, forced));
-  check->Expect(matmul == want && prune == want && attention == want, "features ", supported,
-                " forced '", forced, "': got ", matmul, ", ", prune, " and ", attention, ", want ",
-                want);
+  const std::string gated_silu = Name(SelectGatedSilu(supported, forced));
+  check->Expect(matmul == want && prune == want && attention == want && gated_silu == want,
+                "features ", supported, " forced '", forced, "': got ", matmul, ", ", prune, ", ",
+                attention, " and ", gated_silu, ", want ", want);
 }
 
 void ExpectAvailable(Checker* check, IsaSet supported, const std::string& want) {
   const std::string matmul = AvailableBinaryMatMulNames(supported);
   const std::string prune = AvailableTokenPruneNames(supported);
   const std::string attention = AvailableAttentionNames(supported);
-  check->Expect(matmul == want && prune == want && attention == want, "available with features ",
-                supported, ": got ", matmul, ", ", prune, " and ", attention, ", want ", want);
+  const std::string gated_silu = AvailableGatedSiluNames(supported);
+  check->Expect(matmul == want && prune == want && attention == want && gated_silu == want,
+                "available with features ", supported, ": got ", matmul, ", ", prune, ", ",
+                attention, " and ", gated_silu, ", want ", want);
 }
 
 void EveryBuild(Checker* check) {
@@ -40,14 +44,16 @@ void EveryBuild(Checker* check) {
   ExpectName(check, ~isa::kNone, "AVX2", "none");
   ExpectAvailable(check, isa::kNone, "generic");
   const BinaryMatMulKernelList kernels = BinaryMatMulKernels();
-  check->Expect(
-      kernels.count == TokenPruneKernels().count && kernels.count == AttentionKernels().count,
-      "the lists differ in length");
+  check->Expect(kernels.count == TokenPruneKernels().count &&
+                    kernels.count == AttentionKernels().count &&
+                    kernels.count == GatedSiluKernels().count,
+                "the lists differ in length");
   for (std::size_t i = 0; i < kernels.count; ++i) {
     const std::string name = kernels.first[i].name;
-    check->Expect(
-        name == TokenPruneKernels().first[i].name && name == AttentionKernels().first[i].name,
-        "the lists differ at ", name);
+    check->Expect(name == TokenPruneKernels().first[i].name &&
+                      name == AttentionKernels().first[i].name &&
+                      name == GatedSiluKernels().first[i].name,
+                  "the lists differ at ", name);
     check->Expect((kernels.first[i].isa == isa::kNone) == (i + 1 == kernels.count),
                   "generic must be last, and alone need nothing: ", name);
   }
@@ -66,7 +72,8 @@ void X86Build(Checker* check) {
   ExpectName(check, isa::kAvx2 | isa::kAvx512, "avx512vbmi", "none");
   ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kVbmiGfni, "", "avx512vbmi");
   ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kVbmiGfni, "avx512", "avx512");
-  ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kAmxInt8, "", "amx");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kAmxInt8, "", "avx512");
+  ExpectName(check, isa::kAvx2 | isa::kAvx512 | isa::kVbmiGfni | isa::kAmxInt8, "", "amx");
   ExpectName(check, isa::kAvxVnni, "avxvnni", "none");
   ExpectName(check, isa::kAvx2 | isa::kAvxVnni, "", "avxvnni");
   ExpectName(check, isa::kAvx2 | isa::kAvxVnni | isa::kAvx512, "", "avx512");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from bivlm_edge.errors import OpsLibraryError
 from bivlm_edge.export import reference, schemas
 from bivlm_edge.export.fallback import BinaryMatMulConfiguration, binary_matmul_function
 from bivlm_edge.export.fallback_attention import group_query_attention_function
+from bivlm_edge.export.fallback_gated_silu import gated_silu_function
 from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prune_function
 
 Array = NDArray[Any]
@@ -64,17 +66,61 @@ def _model(make_model: Callable[..., Any], packed: Any, x: Array, **more: Any) -
     return model
 
 
+def _wide_rounding(packed: Any, v: Array) -> Array:
+    """Bound the error that the wide lookup rule of OPS.md, section Numbers, allows for rounding.
+
+    Args:
+        packed: The weight.
+        v: Transformed activations, (..., Kp).
+
+    Returns:
+        One bound per output, (..., N).
+    """
+    n = packed.attributes["N"]
+    bound = np.zeros((*v.shape[:-1], n))
+    # |v| as (.., chunk, t, i, e); a group is all i
+    part = np.abs(v).reshape(*v.shape[:-1], -1, 4, 4, 4)
+    ends = sorted({alpha.shape[1] for alpha in packed.alpha})
+    for begin, end in itertools.pairwise([0, *ends]):
+        alphas = [np.abs(alpha[:n, begin]) for alpha in packed.alpha if begin < alpha.shape[1]]
+        runs = (end - begin) // 5
+        units = [
+            (part[..., [first, first + 1], :, :, :], part[..., first + rest, :, fifths, :])
+            for first, rest, fifths in (
+                (begin + 5 * run + half, 4 - half, slice(half, half + 2))
+                for run in range(runs)
+                for half in (0, 2)
+            )
+        ]
+        left = range(begin + 5 * runs, end, 2)
+        units += [(part[..., at : min(at + 2, end), :, :, :], None) for at in left]
+        for chunks, fifth in units:
+            groups = chunks.sum(axis=-2)  # (.., chunk, t, e)
+            if fifth is not None:
+                groups = groups + np.swapaxes(fifth, -3, -2)
+            groups = groups.reshape(*v.shape[:-1], -1)
+            scale = groups.max(axis=-1, keepdims=True) / 127
+            for pair in (alphas[:2], alphas[2:]):
+                step = np.max(pair, axis=0) / 127 if len(pair) == 2 else 0.0
+                for alpha in pair:
+                    bound = bound + groups.shape[-1] * 0.501 * scale * (alpha + step / 2)
+                    bound = bound + 0.501 * step * groups.sum(axis=-1, keepdims=True)
+    return bound
+
+
 def _rounding(packed: Any, v: Array, *, rule: str) -> Array:
     """Bound the error that a rule of OPS.md, section Numbers, allows for rounding.
 
     Args:
         packed: The weight.
         v: Transformed activations, (..., Kp).
-        rule: "int8" or "lookup".
+        rule: "int8", "lookup" or "wide lookup".
 
     Returns:
         One bound per output, (..., N).
     """
+    if rule == "wide lookup":
+        return _wide_rounding(packed, v)
     n = packed.attributes["N"]
     bound = np.zeros((*v.shape[:-1], n))
     for chunk in range(v.shape[-1] // 64):
@@ -121,17 +167,21 @@ def _require_contract(packed: Any, x: Array, y: Array, *, kernel: str) -> None:
         x, packed.signs, packed.order, k, packed.attributes.get("hadamard_block", 0)
     )
     weight = reference.unpack(packed.codes, packed.coefficients, n, columns)
-    rules = {"int8", "lookup"} if kernel == "" else {"int8"}
-    if kernel == "avx512vbmi" and x.size // k <= 4:
-        rules = {"lookup"}
+    few = x.size // k <= 4
+    if kernel == "":
+        rules = {"int8", "lookup" if few else "wide lookup"}
     elif kernel == "generic":
         rules = set()
+    elif few and kernel in ("avx512vbmi", "amx"):
+        rules = {"lookup"}
+    else:
+        rules = {"wide lookup" if kernel == "avx512vbmi" else "int8"}
     # where planes cancel, sums of single planes are rounded more than those of their levels
     planes = sum(
         np.abs(v[..., : 64 * alpha.shape[1]]) @ np.repeat(np.abs(alpha[:n]), 64, axis=1).T
         for alpha in packed.alpha
     )
-    float_sums = planes if "lookup" in rules else np.abs(v) @ np.abs(weight).T
+    float_sums = np.abs(v) @ np.abs(weight).T if rules <= {"int8"} else planes
     bound = 2 * columns[0] * 2.0**-23 * float_sums
     if rules:
         bound = bound + np.max([_rounding(packed, v, rule=rule) for rule in rules], axis=0)
@@ -249,6 +299,11 @@ def test_library_wins_over_the_functions(
     (node,) = onnx.load(optimized).graph.node
     assert (node.domain, node.op_type) == ("ai.bivlm", "GroupQueryAttention")
 
+    x = np.ones((2, 8), dtype=np.float32)
+    model = make_model("GatedSiLU", {"X": x}, ["Y"], functions=[gated_silu_function(23)])
+    run(model, {"X": x}, library=library, optimized=optimized)
+    assert [node.op_type for node in onnx.load(optimized).graph.node] == ["GatedSiLU"]
+
     inputs, attributes = prune_case(0, "mmr")
     given: dict[str, Any] = {
         name: value is not None for name, value in inputs.items() if name != "hidden"
@@ -273,8 +328,8 @@ def _require_attention(
         scale=attributes.get("scale", 0.0),
     )
     # sums of up to 240 terms in float32; float16 rounds the output once, to 11 bits
-    tolerance = 4e-6 if inputs["query"].dtype == np.float32 else 1e-3
-    assert results[0].dtype == inputs["query"].dtype
+    tolerance = 4e-6 if inputs["qkv"].dtype == np.float32 else 1e-3
+    assert results[0].dtype == inputs["qkv"].dtype
     np.testing.assert_allclose(results[0], expected[0], rtol=tolerance, atol=tolerance)
     for found, wanted in zip(results[1:], expected[1:], strict=True):
         assert found.shape == wanted.shape
@@ -296,6 +351,24 @@ def test_attention_equals_the_reference(
     _require_attention(inputs, attributes, results)
     # new memory: nothing of what lay behind the past's tokens comes along
     assert not any(np.isnan(result).any() for result in results)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(2, 3, 34), (1, 1, 3072), (300, 200), (0, 8), (6,)])
+def test_gated_silu_equals_the_reference(
+    shape: tuple[int, ...],
+    dtype: type[Any],
+    library: str,
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    x = (4 * np.random.default_rng(0).standard_normal(shape)).astype(dtype)
+    model = make_model("GatedSiLU", {"X": x}, ["Y"])
+    (y,) = run(model, {"X": x}, library=library, threads=2)
+    expected = reference.gated_silu(x)
+    assert (y.dtype, y.shape) == (x.dtype, expected.shape)
+    tolerance = 4 * 2.0**-23 if dtype == np.float32 else 2.0**-10
+    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(12))

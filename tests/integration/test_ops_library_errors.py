@@ -113,9 +113,10 @@ def _int32(*values: int) -> Array:
         ({"num_heads": 0}, "num_heads is 0"),
         ({"kv_num_heads": -1}, "kv_num_heads -1"),
         ({"scale": float("nan")}, "scale is nan"),
-        ({"query": _floats(2, 3, 50)}, r"query is \[2, 3, 50\].*6 heads"),
-        ({"key": _floats(2, 3, 24)}, r"key is .*\[2, 3, 24\].*\[2, 3, 16\]"),
-        ({"value": _floats(2, 4, 16)}, r"value is .*\[2, 4, 16\].*\[2, 3, 16\]"),
+        ({"qkv": _floats(2, 3, 90)}, r"qkv is \[2, 3, 90\].*10 heads.*multiple of 2"),
+        ({"qkv": _floats(2, 80)}, r"qkv is \[2, 80\], expected \[B, S, heads \* d\]"),
+        ({"cos": _floats(2, 3, 8)}, r"cos is .*\[2, 3, 8\].*\[2, 3, 4\]"),
+        ({"sin": _floats(2, 4, 4)}, r"sin is .*\[2, 4, 4\].*\[2, 3, 4\]"),
         ({"past_key": _floats(2, 2, 6, 8)}, r"past_value is .*\[2, 2, 5, 8\].*\[2, 2, 6, 8\]"),
         ({"past_key": _floats(2, 3, 5, 8)}, r"past_key is .*\[2, 3, 5, 8\].*\[2, 2, 5, 8\]"),
         ({"past_value": _floats(1, 2, 5, 8)}, r"past_value is .*\[1, 2, 5, 8\]"),
@@ -139,9 +140,9 @@ def test_attention_refuses(
     run: Callable[..., Any],
 ) -> None:
     inputs: dict[str, Any] = {
-        "query": _floats(2, 3, 48),
-        "key": _floats(2, 3, 16),
-        "value": _floats(2, 3, 16),
+        "qkv": _floats(2, 3, 80),
+        "cos": _floats(2, 3, 4),
+        "sin": _floats(2, 3, 4),
         "past_key": _floats(2, 2, 5, 8),
         "past_value": _floats(2, 2, 5, 8),
         "seqlens_k": _int32(4, 4),
@@ -155,6 +156,16 @@ def test_attention_refuses(
     with pytest.raises(REFUSALS, match="GroupQueryAttention") as error:
         run(model, inputs, library=library)
     assert re.search(words, str(error.value)), error.value
+
+
+@pytest.mark.parametrize("shape", [(2, 7), ()])
+def test_gated_silu_refuses_what_has_no_halves(
+    shape: tuple[int, ...], library: str, make_model: Callable[..., Any], run: Callable[..., Any]
+) -> None:
+    x = np.zeros(shape, np.float32)
+    model = make_model("GatedSiLU", {"X": x}, ["Y"])
+    with pytest.raises(REFUSALS, match=r"GatedSiLU.*X is \[.*\], expected .* an even last one"):
+        run(model, {"X": x}, library=library)
 
 
 @pytest.mark.parametrize(

@@ -59,77 +59,6 @@ def _tensors(arrays: dict[str, NDArray[Any]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_rotary_embedding_turns_tokens_by_their_own_rows(batch: int, dtype: type[Any]) -> None:
-    rng = np.random.default_rng(0)
-    angles = rng.uniform(0, 6, (50, WIDTH // 2))
-    inputs = {
-        "x": rng.normal(size=(batch, 5, HEADS * WIDTH)).astype(dtype),
-        "rows": np.stack([np.sort(rng.permutation(50)[:5]) for _ in range(batch)]),
-        "cos": np.cos(angles).astype(dtype),
-        "sin": np.sin(angles).astype(dtype),
-    }
-    expected = transformer_ops.rotary_embedding(*_tensors(inputs)).numpy()
-    found = _session("RotaryEmbedding", inputs, 1).run(None, inputs)[0]
-    np.testing.assert_allclose(found, expected, **TOLERANCE[dtype])
-
-
-def _attention_inputs(
-    batch: int, new: int, past: int, capacity: int, dtype: type[Any]
-) -> dict[str, NDArray[Any]]:
-    rng = np.random.default_rng([batch, new, past])
-
-    def draw(*shape: int) -> NDArray[Any]:
-        return rng.normal(size=shape).astype(dtype)
-
-    caches = {name: draw(batch, KV_HEADS, capacity, WIDTH) for name in ("past_key", "past_value")}
-    for cache in caches.values():
-        cache[:, :, past:] = np.nan  # must not be read
-    return {
-        "query": draw(batch, new, HEADS * WIDTH),
-        "key": draw(batch, new, KV_HEADS * WIDTH),
-        "value": draw(batch, new, KV_HEADS * WIDTH),
-        **caches,
-        "last_index": np.full(batch, past + new - 1, np.int32),
-        "total_length": np.array([past + new], np.int32),
-    }
-
-
-CASES = [(1, 5, 0), (2, 5, 0), (1, 1, 7), (2, 1, 7), (1, 4, 7)]
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize(("batch", "new", "past"), CASES)
-def test_attention_in_place_and_anew_is_that_of_the_formula(
-    batch: int, new: int, past: int, in_place: bool, dtype: type[Any]
-) -> None:
-    inputs = _attention_inputs(batch, new, past, 20 if in_place else past, dtype)
-    output, key, value = transformer_ops.group_query_attention(*_tensors(inputs), HEADS, 0.25)
-    session = _session(
-        "GroupQueryAttention", inputs, 3, num_heads=HEADS, kv_num_heads=KV_HEADS, scale=0.25
-    )
-    total = past + new
-    if in_place:
-        binding = session.io_binding()
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
-        for name, bound in values.items():
-            binding.bind_ortvalue_input(name, bound)
-        binding.bind_output("out0")
-        binding.bind_ortvalue_output("out1", values["past_key"])
-        binding.bind_ortvalue_output("out2", values["past_value"])
-        session.run_with_iobinding(binding)
-        found = [value.numpy() for value in binding.get_outputs()]
-        assert np.isnan(inputs["past_key"][:, :, total:]).all(), "written behind the tokens"
-    else:
-        found = session.run(None, inputs)
-        assert found[1].shape == (batch, KV_HEADS, total, WIDTH)
-    np.testing.assert_allclose(found[0], output.numpy(), **TOLERANCE[dtype])
-    np.testing.assert_array_equal(found[1][:, :, :total], key.numpy()[:, :, :total])
-    np.testing.assert_array_equal(found[2][:, :, :total], value.numpy()[:, :, :total])
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_full_attention_is_that_of_the_formula(dtype: type[Any]) -> None:
     rng = np.random.default_rng(0)
     shape = (2, 20, HEADS * WIDTH)
@@ -211,14 +140,25 @@ def test_module_computes_what_transformers_computes_with_gaps_in_the_positions(
     hidden = torch.randn(2, 5, 96)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
     expected, _ = theirs(hidden, embedding(hidden, positions), mask)
-    rows = torch.arange(10).reshape(2, 5)
-    rotation = attention.rotary(embedding, positions, rows, torch.float32)
+    rotation = attention.rotary(embedding, positions, torch.float32)
     empty = torch.zeros(2, KV_HEADS, 0, WIDTH)
     last, total = torch.full((2,), 4, dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
     found, _, _ = ours(hidden, rotation, (empty, empty), last, total)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     last_only, _, _ = ours(hidden, rotation, (empty, empty), last, total, last_only=True)
     torch.testing.assert_close(last_only, expected[:, -1:], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_mlp_computes_what_transformers_computes() -> None:
+    torch.manual_seed(0)
+    theirs = modeling_llama.LlamaMLP(_config(transformers.LlamaConfig)).eval()
+    assert attention.GatedMlp.fits(theirs)
+    hidden = torch.randn(2, 5, 96)
+    found = attention.GatedMlp(theirs)(hidden)
+    torch.testing.assert_close(found, theirs(hidden), rtol=1e-5, atol=1e-6)
+    theirs = modeling_llama.LlamaMLP(_config(transformers.LlamaConfig, hidden_act="gelu"))
+    assert not attention.GatedMlp.fits(theirs)
 
 
 @torch.no_grad()

@@ -173,6 +173,30 @@ def test_weighting_sees_each_block_before_it_changes_on_quantized_inputs() -> No
     assert seen == blocks
 
 
+def test_frozen_walk_measures_the_same_in_one_run_of_each_block() -> None:
+    module = tiny_llava()
+    sequences, batches = llava_sequences(module), llava_batches(3)
+    weights = FixedWeights(token_importance(module, sequences, batches, 0))
+    runs: list[nn.Module] = []
+    handles = [
+        block.register_forward_hook(lambda block, _, __: runs.append(block))
+        for _, block in sequences[2].blocks
+    ]
+    frozen = list(walk(module, sequences[2:], batches, weights, frozen=True))
+    for handle in handles:
+        handle.remove()
+    assert runs.count(sequences[2].blocks[0][1]) == 1 + len(batches)  # one finds the groups
+    for group, one in zip(frozen, walk(module, sequences[2:], batches, weights), strict=True):
+        assert list(group.layers) == list(one.layers)
+        assert group.plain is None
+        for name in group.layers:
+            assert torch.equal(group.statistics(name).fit.hessian, one.statistics(name).fit.hessian)
+        with pytest.raises(ValueError, match="frozen"):
+            _ = group.inputs
+    plain = next(iter(walk(module, sequences[2:], batches, frozen=True)))
+    assert plain.inputs.held_out is not None
+
+
 def test_the_walk_leaves_no_hooks_and_no_gradients() -> None:
     module = tiny_llava()
     list(walk(module, llava_sequences(module), llava_batches(2)))

@@ -9,7 +9,7 @@ import pytest
 
 from bivlm_edge.compare import specification
 from bivlm_edge.compare.specification import parse_run, plan
-from bivlm_edge.config import QuantConfig
+from bivlm_edge.config import STAGES, QuantConfig
 from bivlm_edge.errors import RequestError
 
 
@@ -27,8 +27,12 @@ class Options:
 
 
 def test_method_bits_and_options_become_a_config() -> None:
-    run = parse_run("bivlm-edge@1.5,seed=3,calibration-samples=7", {"n_uns": 2})
-    assert run.config == QuantConfig(bits=1.5, seed=3, calibration_samples=7, n_uns=2)
+    defaults = {"seed": 1, "calibration_samples": 9}
+    run = parse_run("bivlm-edge@1.5,seed=3,calibration-samples=7", defaults)
+    assert run.config == QuantConfig(bits=1.5, seed=3, calibration_samples=7)
+    assert parse_run("rtn@4", defaults).config == QuantConfig(
+        method="rtn", bits=4, seed=1, calibration_samples=9
+    )
     assert (run.name, run.budget) == ("bivlm-edge@1.5,seed=3,calibration-samples=7", 1.5)
     assert run.series == "bivlm-edge,seed=3,calibration-samples=7"
 
@@ -94,7 +98,7 @@ def test_nothing_to_compare_is_refused() -> None:
 
 def test_ablation_switches_off_each_stage_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specification, "QuantConfig", Options)
-    monkeypatch.setattr(specification.configuration, "STAGES", ("prefix", "refit"), raising=False)
+    monkeypatch.setattr(specification, "STAGES", ("prefix", "refit"))
     runs = plan([], [2.0, 1.5], [], ablate=True, defaults={})
     assert [run.name for run in runs] == [
         "none",
@@ -104,3 +108,9 @@ def test_ablation_switches_off_each_stage_in_turn(monkeypatch: pytest.MonkeyPatc
     assert runs[2].config == Options(  # type: ignore[comparison-overlap]
         without=frozenset({"prefix"})
     )
+
+
+def test_every_stage_of_the_method_can_be_switched_off() -> None:
+    runs = plan([], [2.0], [], ablate=True, defaults={})
+    assert [run.config.without for run in runs[2:]] == [(stage,) for stage in STAGES]
+    assert STAGES

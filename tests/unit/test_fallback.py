@@ -20,6 +20,7 @@ from bivlm_edge.export.fallback import (
     binary_matmul_function,
 )
 from bivlm_edge.export.fallback_attention import group_query_attention_function
+from bivlm_edge.export.fallback_gated_silu import gated_silu_function
 from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prune_function
 
 Array = NDArray[Any]
@@ -242,6 +243,20 @@ def test_ratio_rounds_up_but_not_for_the_float32_of_a_tenth(
 def test_token_prune_that_no_body_can_do_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         TokenPruneConfiguration(**wrong)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_gated_silu_function_equals_the_reference(
+    dtype: type[Any], make_model: Callable[..., Any], run: Callable[..., Any]
+) -> None:
+    schemas.register()
+    x = (4 * np.random.default_rng(0).standard_normal((2, 3, 34))).astype(dtype)
+    model = make_model("GatedSiLU", {"X": x}, ["Y"], functions=[gated_silu_function(21)])
+    onnx.checker.check_model(model, full_check=True)
+    # ONNX Runtime's Sigmoid is off by up to 1e-6
+    tolerance = 1e-5 if dtype == np.float32 else 4e-3
+    expected = reference.gated_silu(x)
+    np.testing.assert_allclose(run(model, {"X": x})[0], expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("seed", range(12))

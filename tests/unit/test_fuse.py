@@ -238,6 +238,37 @@ def test_biases_become_one_and_missing_ones_zero(which: str, layers: Any) -> Non
     assert_same(by_reference(model), by_reference(changed))
 
 
+@pytest.mark.parametrize(
+    ("order", "axis", "left"),
+    [
+        ((0, 1, 2), -1, []),
+        ((0, 2, 1), -1, ["Split", "Concat"]),
+        ((0, 1), -1, ["Split", "Concat"]),
+        ((0, 1, 2), 1, ["Split", "Concat"]),
+    ],
+)
+def test_a_concat_of_all_parts_falls_away(
+    order: tuple[int, ...], axis: int, left: list[str], layers: Any
+) -> None:
+    rows = (16, 16, 16)
+    draft = Draft()
+    for number, packed in enumerate(layers(*rows)):
+        draft.binary(f"m.{number}", packed, biased(rows[number]))
+    parts = [node.input[0] for node in draft.nodes if node.op_type == "Relu"]
+    joined = [parts[number] for number in order]
+    unused = [f"m.{number}.out" for number in {0, 1, 2} - set(order)]
+    draft.nodes = [
+        *(node for node in draft.nodes if node.op_type != "Relu" or node.output[0] in unused),
+        helper.make_node("Concat", joined, ["joined"], axis=axis),
+        helper.make_node("Relu", ["joined"], ["out"]),
+    ]
+    draft.outputs = ["out", *unused]
+    model = draft.model()
+    changed = fused(model)
+    assert operators(changed) == ["BinaryMatMul", "Add", *left]
+    assert_same(by_reference(model), by_reference(changed))
+
+
 def test_residual_additions_are_no_biases(layers: Any) -> None:
     draft = Draft()
     for number, packed in enumerate(layers(16, 16)):

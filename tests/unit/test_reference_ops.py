@@ -131,7 +131,7 @@ def test_philox_known_answers(counter: list[int], key: list[int], words: tuple[i
 def test_attention_is_that_of_torch(seed: int, attention_case: Callable[..., Any]) -> None:
     inputs, attributes = attention_case(seed)
     heads = attributes["num_heads"]
-    width = inputs["query"].shape[2] // heads
+    width = inputs["past_key"].shape[3]
     scale = attributes.get("scale", width**-0.5)
     total = int(inputs["total_sequence_length"][0])
     found = reference.group_query_attention(
@@ -140,7 +140,7 @@ def test_attention_is_that_of_torch(seed: int, attention_case: Callable[..., Any
     tensors = (torch.from_numpy(array) for array in inputs.values())
     expected = transformer_ops.group_query_attention(*tensors, heads, scale)
     # torch computes in float32 and rounds once to the type
-    tolerance = 4e-6 if inputs["query"].dtype == np.float32 else 1e-3
+    tolerance = 4e-6 if inputs["qkv"].dtype == np.float32 else 1e-3
     np.testing.assert_allclose(found[0], expected[0].numpy(), rtol=tolerance, atol=tolerance)
     for mine, theirs in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_array_equal(mine[:, :, :total], theirs.numpy()[:, :, :total])
@@ -161,8 +161,23 @@ def test_attention_operator_runs_the_reference(
         scale=attributes.get("scale", 0.0),
     )
     for found, wanted in zip(results, expected, strict=True):
-        assert found.dtype == inputs["query"].dtype
+        assert found.dtype == inputs["qkv"].dtype
         np.testing.assert_array_equal(found, wanted.astype(found.dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_gated_silu_is_that_of_torch_and_runs_as_an_operator(
+    dtype: type[Any], make_model: Callable[..., Any]
+) -> None:
+    x = (4 * np.random.default_rng(0).standard_normal((2, 3, 34))).astype(dtype)
+    found = reference.gated_silu(x)
+    tolerance = 1e-6 if dtype == np.float32 else 1e-3
+    expected = transformer_ops.gated_silu(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    evaluator = ReferenceEvaluator(
+        make_model("GatedSiLU", {"X": x}, ["Y"]), new_ops=[reference.GatedSiLU]
+    )
+    np.testing.assert_array_equal(evaluator.run(None, {"X": x})[0], found.astype(dtype))
 
 
 # TokenPrune: the table of edge cases

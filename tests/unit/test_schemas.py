@@ -157,9 +157,9 @@ def test_token_prune_mode_is_checked(mode: str, message: str) -> None:
 
 def _attention(heads: int, **changed: list[Any]) -> dict[str, tuple[int, list[Any]]]:
     shapes = {
-        "query": ["batch", "tokens", 48],
-        "key": ["batch", "tokens", 16],
-        "value": ["batch", "tokens", 16],
+        "qkv": ["batch", "tokens", 80],
+        "cos": ["batch", "tokens", 4],
+        "sin": ["batch", "tokens", 4],
         "past_key": ["batch", 2, "past", 8],
         "past_value": ["batch", 2, "past", 8],
     } | changed
@@ -170,7 +170,7 @@ def _attention(heads: int, **changed: list[Any]) -> dict[str, tuple[int, list[An
     return _inferred("GroupQueryAttention", inputs, outputs, num_heads=heads, kv_num_heads=2)
 
 
-def test_attention_keeps_the_query_and_grows_the_past() -> None:
+def test_attention_gives_the_heads_of_the_queries_and_grows_the_past() -> None:
     outputs = _attention(6)
     assert outputs["output"] == (TensorProto.FLOAT16, ["batch", "tokens", 48])
     for name in ("present_key", "present_value"):
@@ -183,7 +183,8 @@ def test_attention_keeps_the_query_and_grows_the_past() -> None:
     ("heads", "changed", "message"),
     [
         (5, {}, "num_heads = 5 is no multiple of kv_num_heads = 2"),
-        (6, {"query": ["batch", 48]}, r"query has shape \['batch', 48\]"),
+        (6, {"qkv": ["batch", 80]}, r"qkv has shape \['batch', 80\]"),
+        (6, {"qkv": ["batch", "tokens", 90]}, "last axis of qkv is 90; it needs 10 heads of even"),
         (6, {"past_key": ["batch", 2, 8]}, "past_key has shape"),
         (6, {"past_value": ["batch", 3, 7, 8]}, "is 3; kv_num_heads = 2 needs 2"),
     ],
@@ -193,6 +194,14 @@ def test_attention_shapes_that_disagree_are_refused(
 ) -> None:
     with pytest.raises(InferenceError, match=f"GroupQueryAttention: .*{message}"):
         _attention(heads, **changed)
+
+
+def test_gated_silu_halves_the_last_axis() -> None:
+    element = int(TensorProto.FLOAT16)
+    outputs = _inferred("GatedSiLU", {"X": (element, ["batch", 3, 34])}, ["Y"])
+    assert outputs == {"Y": (element, ["batch", 3, 17])}
+    with pytest.raises(InferenceError, match=r"GatedSiLU: X has shape \[3, 33\].*even"):
+        _inferred("GatedSiLU", {"X": (element, [3, 33])}, ["Y"])
 
 
 def test_matmul_nbits_has_the_shape_of_a_product() -> None:

@@ -23,6 +23,7 @@ from bivlm_edge.models import streaming
 from bivlm_edge.models.streaming import StreamedBlocks, load_weights
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
 from bivlm_edge.quant.work_folder import pack_weight
+from bivlm_edge.tuning import quantize_and_tune
 
 LAYERS = 2
 
@@ -181,6 +182,11 @@ def test_broken_weights_on_disk_are_named(checkpoint: Path, tmp_path: Path) -> N
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"weight of '{name}' holds 1 NaN"):
         quantize_model(load(tmp_path, True), make_batches(), QuantConfig(method="rtn"))
+
+
+def test_tuning_a_streamed_model_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(RequestError, match="blocks of this one stay on disk"):
+        quantize_and_tune(load(checkpoint, True), make_batches(), QuantConfig(tune="blocks"))
 
 
 def test_models_are_streamed_by_themselves_where_memory_is_short(

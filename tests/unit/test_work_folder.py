@@ -144,11 +144,11 @@ def test_planning_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     planned: list[str] = []
     plan = quantizer.group_plans
 
-    def stop_at_third(layers: Any, seed: int) -> Any:
+    def stop_at_third(layers: Any, *rest: Any) -> Any:
         if len(planned) == 2:
             raise Stopped
         planned.append(layers[0].name)
-        return plan(layers, seed)
+        return plan(layers, *rest)
 
     monkeypatch.setattr(quantizer, "group_plans", stop_at_third)
     with pytest.raises(Stopped):

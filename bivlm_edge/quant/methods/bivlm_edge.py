@@ -22,6 +22,7 @@ Stages that can be switched off, and what takes their place:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from bivlm_edge.quant.packed import (
     padded_columns,
     plane_classes,
 )
+from bivlm_edge.quant.parallel import solve_rows
 from bivlm_edge.quant.refine import Assignment, descend, refit
 from bivlm_edge.quant.transform import (
     CalibratedLayer,
@@ -99,7 +101,10 @@ def quantize(layers: Sequence[CalibratedLayer], options: LayerOptions) -> list[B
         )
     limit = _WORTH_TRYING * min(plan.error for plan, _ in trials)
     packed = [
-        [quantize_planes(problem, plan, options.without) for problem in problems]
+        [
+            solve_rows(problem, partial(quantize_planes, plan=plan, without=options.without))
+            for problem in problems
+        ]
         for plan, problems in trials
         if plan.error <= limit
     ]

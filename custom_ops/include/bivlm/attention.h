@@ -1,9 +1,9 @@
 // GroupQueryAttention: causal attention of grouped heads behind a KV cache. export/OPS.md says what
 // the operator computes.
 //
-// Letters: b rows of the batch, s new tokens per row, d features of a head, p positions of the
-// past. `heads / kv_heads` query heads, a group, share the keys and values of one kv head. A *row*
-// of a task is one query: one token and one head of the group.
+// Letters: b rows of the batch, s new tokens per row, d features of a head (even), p positions of
+// the past. `heads / kv_heads` query heads, a group, share the keys and values of one kv head. A
+// *row* of a task is one query: one token and one head of the group.
 #ifndef BIVLM_ATTENTION_H_
 #define BIVLM_ATTENTION_H_
 
@@ -29,9 +29,9 @@ struct AttentionArgs {
   std::size_t capacity = 0;             // positions of present
   float scale = 0.0F;                   // factor on the scores
   const int32_t* last_index = nullptr;  // (b): of the last token in present, >= s - 1
-  const void* query = nullptr;          // (b, s, heads * d)
-  const void* key = nullptr;            // (b, s, kv_heads * d)
-  const void* value = nullptr;          // (b, s, kv_heads * d)
+  const void* qkv = nullptr;            // (b, s, (heads + 2 * kv_heads) * d): query, key, value
+  const void* cos = nullptr;            // (b, s, d / 2): rotations of the queries and keys
+  const void* sin = nullptr;            // (b, s, d / 2)
   const void* past_key = nullptr;       // (b, kv_heads, past_capacity, d)
   const void* past_value = nullptr;     // (b, kv_heads, past_capacity, d)
   void* output = nullptr;               // (b, s, heads * d), overwritten
@@ -39,6 +39,11 @@ struct AttentionArgs {
   void* present_value = nullptr;        // (b, kv_heads, capacity, d); may be past_value
 
   std::size_t group() const { return heads / kv_heads; }
+  // Elements of qkv before head `head` of token `token`; the heads of keys stand behind those of
+  // queries, and those of values behind both.
+  std::size_t state(std::size_t token, std::size_t head) const {
+    return (token * (heads + 2 * kv_heads) + head) * d;
+  }
   // Tokens of a row before this run.
   std::size_t past(std::size_t row) const {
     return static_cast<std::size_t>(last_index[row]) + 1 - s;
@@ -55,6 +60,8 @@ struct AttentionTask {
 
 // One instruction set's implementation.
 struct AttentionFunctions {
+  // Writes the key of head `kv_head` and token `token`, 0 .. b * s - 1, rotated (d).
+  void (*rotate_key)(const AttentionArgs& args, std::size_t token, std::size_t kv_head, void* key);
   // Floats of work space for a task of `tokens` tokens: a multiple of 16.
   std::size_t (*work_floats)(const AttentionArgs& args, std::size_t tokens);
   // Writes the task's part of the output. The keys and values are those of present, new ones

@@ -108,6 +108,8 @@ struct BinaryMatMulFunctions {
   // Products of at most few_tokens tokens are left to `few`, which may round by another rule.
   std::size_t few_tokens = 0;
   const BinaryMatMulFunctions* few = nullptr;
+  // Panels that the kernel multiplies together; those of a task are a multiple of it.
+  std::size_t unit_panels = 2;
 };
 
 struct BinaryMatMulKernel {

@@ -31,11 +31,16 @@ AlignedFloats Allocate(std::size_t floats) {
       static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{kAlignment})));
 }
 
-// Appends the new keys or values of one head, behind the old ones.
-void Append(const AttentionArgs& args, std::size_t row, std::size_t head, const void* states,
-            const void* past, void* present) {
-  const std::size_t token_bytes =
-      args.d * (args.type == ElementType::kFloat32 ? sizeof(float) : sizeof(uint16_t));
+std::size_t ElementBytes(const AttentionArgs& args) {
+  return args.type == ElementType::kFloat32 ? sizeof(float) : sizeof(uint16_t);
+}
+
+// Appends the new keys or values of one head, behind the old ones. `write(token, to)` writes those
+// of a token of the batch.
+template <typename Write>
+void Append(const AttentionArgs& args, std::size_t row, std::size_t head, const void* past,
+            void* present, const Write& write) {
+  const std::size_t token_bytes = args.d * ElementBytes(args);
   const std::size_t old_tokens = args.past(row);
   const std::size_t index = row * args.kv_heads + head;
   std::byte* target = static_cast<std::byte*>(present) + index * args.capacity * token_bytes;
@@ -48,11 +53,8 @@ void Append(const AttentionArgs& args, std::size_t row, std::size_t head, const 
     const std::size_t tokens = old_tokens + args.s;
     std::memset(target + tokens * token_bytes, 0, (args.capacity - tokens) * token_bytes);
   }
-  const std::byte* source =
-      static_cast<const std::byte*>(states) + (row * args.s * args.kv_heads + head) * token_bytes;
   for (std::size_t token = 0; token < args.s; ++token) {
-    std::memcpy(target + (old_tokens + token) * token_bytes,
-                source + token * args.kv_heads * token_bytes, token_bytes);
+    write(row * args.s + token, target + (old_tokens + token) * token_bytes);
   }
 }
 
@@ -78,8 +80,16 @@ void RunAttention(const AttentionKernel& kernel, const AttentionArgs& args,
   auto append = [&](std::size_t head) {
     const std::size_t row = head / args.kv_heads;
     const std::size_t kv_head = head % args.kv_heads;
-    Append(args, row, kv_head, args.key, args.past_key, args.present_key);
-    Append(args, row, kv_head, args.value, args.past_value, args.present_value);
+    Append(args, row, kv_head, args.past_key, args.present_key,
+           [&](std::size_t token, std::byte* key) {
+             kernel.functions->rotate_key(args, token, kv_head, key);
+           });
+    Append(args, row, kv_head, args.past_value, args.present_value,
+           [&](std::size_t token, std::byte* value) {
+             const std::size_t at = args.state(token, args.heads + args.kv_heads + kv_head);
+             std::memcpy(value, static_cast<const std::byte*>(args.qkv) + at * ElementBytes(args),
+                         args.d * ElementBytes(args));
+           });
   };
   const auto attend = [&](std::size_t index, float* memory) {
     // Last tokens first: they have the most keys.

@@ -2,14 +2,11 @@
 // each, with a softmax that follows the largest score so far (Milakov, Gimelshein: Online
 // normalizer calculation for softmax, 2018; Dao et al.: FlashAttention, 2022).
 //
-// `Isa` gives the vectors. It must live in an anonymous namespace, so that what is instantiated
-// with it stays in its object file. Members:
-//   Vec, Bits          vectors of kLanes floats and uint32; arithmetic is that of GCC's vectors
+// `Isa` has, beside what vector_math.h asks for:
 //   kTileRows, kTileVectors   rows and vectors of a product whose sums fit the registers
 //   kDotRows           queries that share one reading of a key
 //   Swap<h>(v)         lane i gets lane i ^ h, h = 1, 2, .. kLanes / 2
 //   Lanes()            0, 1, 2, ..
-//   FromHalves, ToHalves      n halves to floats and back
 #ifndef BIVLM_CPU_ATTENTION_BLOCKS_H_
 #define BIVLM_CPU_ATTENTION_BLOCKS_H_
 
@@ -17,6 +14,7 @@
 #include <limits>
 
 #include "bivlm/attention.h"
+#include "vector_math.h"
 
 namespace bivlm {
 
@@ -28,7 +26,8 @@ static constexpr std::size_t kBlockKeys = 64;
 static constexpr std::size_t kDotTaskRows = 8;
 
 template <typename Isa>
-struct Attention {
+struct Attention : VectorMath<Isa> {
+  using Math = VectorMath<Isa>;
   using Vec = typename Isa::Vec;
   using Bits = typename Isa::Bits;
   static constexpr std::size_t kLanes = Isa::kLanes;
@@ -37,13 +36,10 @@ struct Attention {
   static std::size_t Padded(std::size_t d) { return (d + kLanes - 1) / kLanes * kLanes; }
   static std::size_t Min(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
-  static Vec Load(const float* address) {
-    Vec v;
-    std::memcpy(&v, address, sizeof(v));
-    return v;
-  }
-  static void Store(float* address, Vec v) { std::memcpy(address, &v, sizeof(v)); }
-  static Vec All(float value) { return Vec{} + value; }
+  using Math::All;
+  using Math::Exp;
+  using Math::Load;
+  using Math::Store;
   static Vec Max(Vec a, Vec b) { return a > b ? a : b; }
 
   // Lane i: that of `with` where i has the bit h, else that of `without`.
@@ -68,27 +64,6 @@ struct Attention {
     } else {
       return AllSum<h / 2>(v + Isa::template Swap<h>(v));
     }
-  }
-
-  // e^x for x <= 0, 0 where that is below the smallest normal float. Relative error below 2e-7: a
-  // polynomial on +-ln(2) / 2 (S. Moshier, Cephes, expf) times a power of 2.
-  static Vec Exp(Vec x) {
-    constexpr float kRound = 0x1.8p23F;  // the sum's last bit is 1
-    const Vec shifted = x * 1.44269504F + kRound;
-    const Vec n = shifted - kRound;
-    const Vec r = (x - n * 0.693359375F) + n * 2.12194440e-4F;
-    Vec p = r * 1.9875691500e-4F + 1.3981999507e-3F;
-    p = p * r + 8.3334519073e-3F;
-    p = p * r + 4.1665795894e-2F;
-    p = p * r + 1.6666665459e-1F;
-    p = p * r + 5.0000001201e-1F;
-    p = p * (r * r) + r + 1.0F;
-    Bits power;
-    std::memcpy(&power, &shifted, sizeof(power));
-    power = (power + 127U) << 23;
-    Vec scale;
-    std::memcpy(&scale, &power, sizeof(scale));
-    return x < -87.3365F ? Vec{} : p * scale;
   }
 
   // c (rows, vectors) += a (rows, depth) * b (depth, vectors); strides in floats.
@@ -309,14 +284,54 @@ struct Attention {
     return args.type != ElementType::kFloat32 || args.d % kLanes != 0;
   }
 
-  // Elements [at, at + count) of a tensor as floats.
-  static void Read(const AttentionArgs& args, const void* tensor, std::size_t at, std::size_t count,
-                   float* floats) {
-    if (args.type == ElementType::kFloat32) {
-      std::memcpy(floats, static_cast<const float*>(tensor) + at, count * sizeof(float));
-    } else {
-      Isa::FromHalves(static_cast<const uint16_t*>(tensor) + at, count, floats);
+  // Elements [at, at + count) of a tensor as floats: where they are, or in `copy`.
+  static const float* Floats(const AttentionArgs& args, const void* tensor, std::size_t at,
+                             std::size_t count, float* copy) {
+    if (args.type == ElementType::kFloat32) return static_cast<const float*>(tensor) + at;
+    Isa::FromHalves(static_cast<const uint16_t*>(tensor) + at, count, copy);
+    return copy;
+  }
+
+  // Turns features i and i + d / 2 of the head at element `at` of qkv by the angle i of the token.
+  static void Rotate(const AttentionArgs& args, std::size_t token, std::size_t at, ElementType type,
+                     void* rotated) {
+    constexpr std::size_t kPart = 64;
+    float copies[4][kPart];
+    const std::size_t half = args.d / 2;
+    for (std::size_t f = 0; f < half; f += kPart) {
+      const std::size_t count = Min(kPart, half - f);
+      const float* low = Floats(args, args.qkv, at + f, count, copies[0]);
+      const float* high = Floats(args, args.qkv, at + half + f, count, copies[1]);
+      const float* cos = Floats(args, args.cos, token * half + f, count, copies[2]);
+      const float* sin = Floats(args, args.sin, token * half + f, count, copies[3]);
+      const bool is_float = type == ElementType::kFloat32;
+      float* low_out = is_float ? static_cast<float*>(rotated) + f : copies[0];
+      float* high_out = is_float ? static_cast<float*>(rotated) + half + f : copies[1];
+      std::size_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) {
+        const Vec a = Load(low + i);
+        const Vec b = Load(high + i);
+        const Vec c = Load(cos + i);
+        const Vec s = Load(sin + i);
+        Store(low_out + i, a * c - b * s);
+        Store(high_out + i, b * c + a * s);
+      }
+      for (; i < count; ++i) {
+        const float a = low[i];
+        const float b = high[i];
+        low_out[i] = a * cos[i] - b * sin[i];
+        high_out[i] = b * cos[i] + a * sin[i];
+      }
+      if (!is_float) {
+        Isa::ToHalves(low_out, count, static_cast<uint16_t*>(rotated) + f);
+        Isa::ToHalves(high_out, count, static_cast<uint16_t*>(rotated) + half + f);
+      }
     }
+  }
+
+  static void RotateKey(const AttentionArgs& args, std::size_t token, std::size_t kv_head,
+                        void* key) {
+    Rotate(args, token, args.state(token, args.heads + kv_head), args.type, key);
   }
 
   // `count` rows of d elements from element `at` of a tensor on, padded with 0, or where they are
@@ -326,7 +341,8 @@ struct Attention {
     if (!Copies(args)) return static_cast<const float*>(tensor) + at;
     for (std::size_t i = 0; i < count; ++i) {
       float* row = copy + i * padded;
-      Read(args, tensor, at + i * args.d, args.d, row);
+      const float* floats = Floats(args, tensor, at + i * args.d, args.d, row);
+      if (floats != row) std::memcpy(row, floats, args.d * sizeof(float));
       for (std::size_t f = args.d; f < padded; ++f) row[f] = 0.0F;
     }
     return copy;
@@ -336,10 +352,13 @@ struct Attention {
     return Layout(args, tokens).end;
   }
 
-  static std::size_t QueryAt(const AttentionArgs& args, const AttentionTask& task,
+  // Token of the batch and head of a row of a task.
+  static std::size_t TokenOf(const AttentionArgs& args, const AttentionTask& task,
                              std::size_t row) {
-    const std::size_t token = task.row * args.s + task.token_begin + row / args.group();
-    return (token * args.heads + task.kv_head * args.group() + row % args.group()) * args.d;
+    return task.row * args.s + task.token_begin + row / args.group();
+  }
+  static std::size_t HeadOf(const AttentionArgs& args, const AttentionTask& task, std::size_t row) {
+    return task.kv_head * args.group() + row % args.group();
   }
 
   static void Attend(const AttentionArgs& args, const AttentionTask& task, float* work) {
@@ -355,7 +374,8 @@ struct Attention {
 
     for (std::size_t row = 0; row < rows; ++row) {
       float* query = work + layout.query + row * padded;
-      Read(args, args.query, QueryAt(args, task, row), args.d, query);
+      const std::size_t token = TokenOf(args, task, row);
+      Rotate(args, token, args.state(token, HeadOf(args, task, row)), ElementType::kFloat32, query);
       for (std::size_t f = 0; f < args.d; ++f) query[f] *= args.scale;
       for (std::size_t f = args.d; f < padded; ++f) query[f] = 0.0F;
       work[layout.largest + row] = -kInfinity;
@@ -405,7 +425,8 @@ struct Attention {
       const Vec inverse = 1.0F / AllSum(Load(work + layout.sums + row * kLanes));
       for (std::size_t f = 0; f < padded; f += kLanes)
         Store(output + f, Load(output + f) * inverse);
-      const std::size_t to = QueryAt(args, task, row);
+      const std::size_t to =
+          (TokenOf(args, task, row) * args.heads + HeadOf(args, task, row)) * args.d;
       if (args.type == ElementType::kFloat32) {
         std::memcpy(static_cast<float*>(args.output) + to, output, args.d * sizeof(float));
       } else {

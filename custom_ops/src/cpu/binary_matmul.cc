@@ -19,9 +19,6 @@ constexpr std::size_t kPassRows = 256;
 // unpacking), 256 as fast.
 constexpr std::size_t kTaskRows = 128;
 
-// Panels of a task are a multiple of this: kernels multiply two together.
-constexpr std::size_t kTaskPanels = 2;
-
 // Channels that one task prepares at least, 2 to 8 us, and the most tasks, which bounds their work
 // space.
 constexpr std::size_t kPrepareTaskChannels = 8192;
@@ -159,15 +156,16 @@ void RunBinaryMatMul(const BinaryMatMulKernel& kernel, const BinaryMatMulArgs& a
 
     const std::size_t row_blocks = CeilDivide(rows, kTaskRows);
     const std::size_t block_products = std::min(rows, kTaskRows) * row_products;
-    const std::size_t units = CeilDivide(weight.panels, kTaskPanels);
+    const std::size_t unit_panels = functions.unit_panels;
+    const std::size_t units = CeilDivide(weight.panels, unit_panels);
     const std::size_t groups =
         serial ? 1 : std::clamp<std::size_t>(block_products / functions.task_products, 1, units);
     executor.For(row_blocks * groups, [&](std::size_t task) {
       const std::size_t begin = task / groups * kTaskRows;
       const std::size_t end = std::min(begin + kTaskRows, rows);
       const std::size_t group = task % groups;
-      functions.multiply(args, pass + begin, pass + end, units * group / groups * kTaskPanels,
-                         std::min(units * (group + 1) / groups * kTaskPanels, weight.panels),
+      functions.multiply(args, pass + begin, pass + end, units * group / groups * unit_panels,
+                         std::min(units * (group + 1) / groups * unit_panels, weight.panels),
                          prepared + begin * row_bytes);
     });
   }

@@ -1,6 +1,7 @@
 // From the lists of kernels to one kernel.
 #include "bivlm/attention.h"
 #include "bivlm/binary_matmul.h"
+#include "bivlm/gated_silu.h"
 #include "bivlm/token_prune.h"
 
 namespace bivlm {
@@ -16,6 +17,12 @@ constexpr AttentionKernel kAttentionKernels[] = {
 #define BIVLM_ATTENTION_KERNEL(needs, symbol, label) {label, needs, &(symbol)},
 #include "bivlm/attention_kernels.inc"
 #undef BIVLM_ATTENTION_KERNEL
+};
+
+constexpr GatedSiluKernel kGatedSiluKernels[] = {
+#define BIVLM_GATED_SILU_KERNEL(needs, symbol, label) {label, needs, &(symbol)},
+#include "bivlm/gated_silu_kernels.inc"
+#undef BIVLM_GATED_SILU_KERNEL
 };
 
 constexpr TokenPruneKernel kTokenPruneKernels[] = {
@@ -80,6 +87,18 @@ const AttentionKernel* SelectAttention(IsaSet supported, std::string_view forced
 
 std::string AvailableAttentionNames(IsaSet supported) {
   return Names(AttentionKernels(), supported);
+}
+
+GatedSiluKernelList GatedSiluKernels() {
+  return {kGatedSiluKernels, sizeof(kGatedSiluKernels) / sizeof(GatedSiluKernel)};
+}
+
+const GatedSiluKernel* SelectGatedSilu(IsaSet supported, std::string_view forced) {
+  return Select(GatedSiluKernels(), supported, forced);
+}
+
+std::string AvailableGatedSiluNames(IsaSet supported) {
+  return Names(GatedSiluKernels(), supported);
 }
 
 }  // namespace bivlm

@@ -1,4 +1,4 @@
-// What both operators need of ONNX Runtime's C API. Inside, failures are exceptions; Guard turns
+// What the operators need of ONNX Runtime's C API. Inside, failures are exceptions; Guard turns
 // them into statuses at the edge.
 #ifndef BIVLM_ORT_ADAPTOR_H_
 #define BIVLM_ORT_ADAPTOR_H_

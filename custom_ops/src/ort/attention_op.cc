@@ -11,9 +11,9 @@
 namespace bivlm::ort {
 namespace {
 
-constexpr std::size_t kQuery = 0;
-constexpr std::size_t kKey = 1;
-constexpr std::size_t kValue = 2;
+constexpr std::size_t kStates = 0;
+constexpr std::size_t kCos = 1;
+constexpr std::size_t kSin = 2;
 constexpr std::size_t kPastKey = 3;
 constexpr std::size_t kPastValue = 4;
 constexpr std::size_t kLastIndex = 5;
@@ -65,22 +65,24 @@ void Require(const std::string& problem) {
 
 // Checks the inputs and returns their part of the arguments; `inputs` has kInputs tensors.
 AttentionArgs CheckedArgs(const Kernel& kernel, const Tensor* inputs) {
-  const Dims& query = inputs[kQuery].dims;
+  const Dims& states = inputs[kStates].dims;
   const Dims& past = inputs[kPastKey].dims;
-  if (query.size() != 3 || query[2] % kernel.heads != 0 || query[2] == 0) {
-    throw InvalidArgument("query is " + Text(query) + ", expected [B, S, num_heads * d] with " +
-                          std::to_string(kernel.heads) + " heads");
+  const int64_t heads = kernel.heads + 2 * kernel.kv_heads;
+  if (states.size() != 3 || states[2] % (2 * heads) != 0 || states[2] == 0) {
+    throw InvalidArgument("qkv is " + Text(states) + ", expected [B, S, heads * d] with the " +
+                          std::to_string(heads) +
+                          " heads of queries, keys and values, and d a multiple of 2");
   }
-  const ElementType type = inputs[kQuery].type;
-  const int64_t b = query[0];
-  const int64_t s = query[1];
-  const int64_t d = query[2] / kernel.heads;
+  const ElementType type = inputs[kStates].type;
+  const int64_t b = states[0];
+  const int64_t s = states[1];
+  const int64_t d = states[2] / heads;
   if (past.size() != 4) {
     throw InvalidArgument("past_key is " + Text(past) + ", expected [B, kv_num_heads, P, d]");
   }
   const int64_t p = past[2];
-  Require(Mismatch("key", inputs[kKey], type, {b, s, kernel.kv_heads * d}));
-  Require(Mismatch("value", inputs[kValue], type, {b, s, kernel.kv_heads * d}));
+  Require(Mismatch("cos", inputs[kCos], type, {b, s, d / 2}));
+  Require(Mismatch("sin", inputs[kSin], type, {b, s, d / 2}));
   Require(Mismatch("past_key", inputs[kPastKey], type, {b, kernel.kv_heads, p, d}));
   Require(Mismatch("past_value", inputs[kPastValue], type, {b, kernel.kv_heads, p, d}));
   Require(Mismatch("seqlens_k", inputs[kLastIndex], ElementType::kInt32, {b}));
@@ -95,7 +97,7 @@ AttentionArgs CheckedArgs(const Kernel& kernel, const Tensor* inputs) {
   const int32_t* last = static_cast<const int32_t*>(inputs[kLastIndex].data);
   if (total < s) {
     throw InvalidArgument("total_sequence_length is " + std::to_string(total) + ", less than the " +
-                          std::to_string(s) + " tokens of query");
+                          std::to_string(s) + " tokens of qkv");
   }
   for (int64_t row = 0; row < b; ++row) {
     const int64_t tokens = int64_t{last[row]} + 1;
@@ -119,9 +121,9 @@ AttentionArgs CheckedArgs(const Kernel& kernel, const Tensor* inputs) {
   args.capacity = static_cast<std::size_t>(std::max(p, total));
   args.scale = kernel.scale != 0.0F ? kernel.scale : 1.0F / std::sqrt(static_cast<float>(d));
   args.last_index = last;
-  args.query = inputs[kQuery].data;
-  args.key = inputs[kKey].data;
-  args.value = inputs[kValue].data;
+  args.qkv = inputs[kStates].data;
+  args.cos = inputs[kCos].data;
+  args.sin = inputs[kSin].data;
   args.past_key = inputs[kPastKey].data;
   args.past_value = inputs[kPastValue].data;
   return args;
@@ -133,9 +135,10 @@ Status* Compute(void* state, KernelContext* context) noexcept {
     Tensor inputs[kInputs];
     for (std::size_t i = 0; i < kInputs; ++i) inputs[i] = Input(kernel.api, context, i);
     AttentionArgs args = CheckedArgs(kernel, inputs);
+    const Dims& states = inputs[kStates].dims;
     const Dims& past = inputs[kPastKey].dims;
     const Dims present = {past[0], past[1], static_cast<int64_t>(args.capacity), past[3]};
-    args.output = Output(kernel.api, context, 0, inputs[kQuery].dims);
+    args.output = Output(kernel.api, context, 0, {states[0], states[1], kernel.heads * past[3]});
     args.present_key = Output(kernel.api, context, 1, present);
     args.present_value = Output(kernel.api, context, 2, present);
     SessionThreads threads(kernel.api, context);
@@ -146,8 +149,14 @@ Status* Compute(void* state, KernelContext* context) noexcept {
 Status* InferShape(const CustomOp* op, ShapeInferContext* context) noexcept {
   const Api* api = static_cast<const Operator*>(op)->api;
   return Guard(api, "GroupQueryAttention", [&] {
-    const InferredShape query = InferenceInput(api, context, kQuery);
-    if (query.known) SetInferenceOutput(api, context, 0, query);
+    const int64_t heads = InferenceInt(api, context, "num_heads");
+    const int64_t kv_heads = InferenceInt(api, context, "kv_num_heads");
+    InferredShape states = InferenceInput(api, context, kStates);
+    if (states.known && states.dims.size() == 3 && heads > 0 && kv_heads > 0) {
+      if (states.dims[2] > 0) states.dims[2] = states.dims[2] / (heads + 2 * kv_heads) * heads;
+      states.names[2].clear();
+      SetInferenceOutput(api, context, 0, states);
+    }
     for (const std::size_t part : {kPastKey, kPastValue}) {
       InferredShape present = InferenceInput(api, context, part);
       if (!present.known || present.dims.size() != 4) continue;

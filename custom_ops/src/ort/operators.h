@@ -17,6 +17,7 @@ Operator MakeBinaryMatMulOp(const Api* api);
 
 // ONNX Runtime allows one input of any type per operator, these have more: one operator per type.
 Operator MakeAttentionOp(const Api* api, ElementType type);
+Operator MakeGatedSiluOp(const Api* api, ElementType type);
 Operator MakeTokenPruneOp(const Api* api, ElementType type);
 
 }  // namespace bivlm::ort

@@ -24,13 +24,16 @@ uint32_t MinorVersion(const ApiBase* base) {
 // registration is never freed.
 struct Registration {
   const Api* api;
-  Operator ops[5];
+  Operator ops[7];
   CustomOpDomain* domain = nullptr;
 
   Registration(const Api* used, bool infers_shapes)
       : api(used),
-        ops{MakeBinaryMatMulOp(used), MakeAttentionOp(used, ElementType::kFloat32),
+        ops{MakeBinaryMatMulOp(used),
+            MakeAttentionOp(used, ElementType::kFloat32),
             MakeAttentionOp(used, ElementType::kFloat16),
+            MakeGatedSiluOp(used, ElementType::kFloat32),
+            MakeGatedSiluOp(used, ElementType::kFloat16),
             MakeTokenPruneOp(used, ElementType::kFloat32),
             MakeTokenPruneOp(used, ElementType::kFloat16)} {
     Check(CreateCustomOpDomain::Call(api, kDomain, &domain));

@@ -1,5 +1,6 @@
-// BinaryMatMul with AMX-INT8 for many tokens; few tokens are left to avx512, whose results equal
-// these to the bit. Not measured on hardware yet: custom_ops/README.md.
+// BinaryMatMul with AMX-INT8 for many tokens. Up to 4 are left to the lookup kernel of avx512vbmi,
+// which rounds by another rule, tasks of up to 8 to avx512, whose results equal these to the bit.
+// Not measured on hardware yet: custom_ops/README.md.
 //
 // Levels of one chunk and panel, unpacked to [column / 4][16 rows][4], are one tile, the chunk of
 // 16 tokens is another, and their product the dot products of 16 tokens and 16 rows. Scales differ
@@ -17,6 +18,7 @@
 
 #include "amx/tiles.h"
 #include "avx512/binary_matmul_avx512.h"
+#include "avx512vbmi/lookup_rows.h"
 
 namespace bivlm {
 namespace {
@@ -209,6 +211,7 @@ void Multiply(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t r
 
 }  // namespace
 
-const BinaryMatMulFunctions BinaryMatMulAmx = {1U << 19, Int8RowBytes, PrepareInt8Avx512, Multiply};
+const BinaryMatMulFunctions BinaryMatMulAmx = {1U << 19, Int8RowBytes,     PrepareInt8Avx512,
+                                               Multiply, kMaxLookupTokens, &BinaryMatMulLookup};
 
 }  // namespace bivlm

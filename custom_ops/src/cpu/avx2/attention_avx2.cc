@@ -3,51 +3,21 @@
 #error "compile this file with the flags that CMakeLists.txt gives to the avx2 kernels"
 #endif
 
-#include <immintrin.h>
-
 #include "attention_blocks.h"
+#include "avx2/vectors_avx2.h"
 
 namespace bivlm {
 namespace {
 
-struct Isa {
-  typedef float Vec __attribute__((vector_size(32)));
-  typedef uint32_t Bits __attribute__((vector_size(32)));
-  static constexpr std::size_t kLanes = 8;
+struct Isa : Vectors {
   static constexpr std::size_t kTileRows = 6;
   static constexpr std::size_t kTileVectors = 2;
   static constexpr std::size_t kDotRows = 3;
-
-  static Bits Lanes() { return Bits{0, 1, 2, 3, 4, 5, 6, 7}; }
-
-  template <std::size_t h>
-  static Vec Swap(Vec v) {
-    if constexpr (h == 1) return _mm256_permute_ps(v, 0xB1);
-    if constexpr (h == 2) return _mm256_permute_ps(v, 0x4E);
-    return _mm256_permute2f128_ps(v, v, 0x01);
-  }
-
-  static void FromHalves(const uint16_t* halves, std::size_t count, float* floats) {
-    std::size_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
-      _mm256_storeu_ps(floats + i, _mm256_cvtph_ps(part));
-    }
-    for (; i < count; ++i) floats[i] = FloatFromHalf(halves[i]);
-  }
-
-  static void ToHalves(const float* floats, std::size_t count, uint16_t* halves) {
-    std::size_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      const __m128i part = _mm256_cvtps_ph(_mm256_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(halves + i), part);
-    }
-    for (; i < count; ++i) halves[i] = HalfFromFloat(floats[i]);
-  }
 };
 
 }  // namespace
 
-const AttentionFunctions AttentionAvx2 = {Attention<Isa>::WorkFloats, Attention<Isa>::Attend};
+const AttentionFunctions AttentionAvx2 = {Attention<Isa>::RotateKey, Attention<Isa>::WorkFloats,
+                                          Attention<Isa>::Attend};
 
 }  // namespace bivlm

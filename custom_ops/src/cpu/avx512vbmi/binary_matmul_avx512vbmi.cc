@@ -1,4 +1,4 @@
-// BinaryMatMul of a few tokens by table lookup, of more by avx512.
+// BinaryMatMul of a few tokens by table lookup.
 //
 // The bits of one plane for columns 4 i + e, i = 0..3, of a row choose one of 16 sums of the four
 // activations. vpermb looks up 16 rows x 4 values of e at once, vpdpbusd with ones adds up the four
@@ -11,13 +11,11 @@
 
 #include "avx512/binary_matmul_avx512.h"
 #include "lookup_rows.h"
+#include "nibbles.h"
+#include "wide_lookup_rows.h"
 
 namespace bivlm {
 namespace {
-
-// Up to here tables are looked up, in one tile. 256 tokens in tiles of 4 took 13 ms where avx512
-// takes 11 (4096 x 4096): sums of 64 columns are short, so that scaling them counts.
-constexpr std::size_t kMaxTokens = 4;
 
 // As in the decode kernel of avx512.
 constexpr std::size_t kPrefetchBytes = 8 << 10;
@@ -41,24 +39,6 @@ void PrefetchCodes(const uint8_t** next) {
     _mm_prefetch(reinterpret_cast<const char*>(*next + kTouchBytes), _MM_HINT_T1);
   }
   *next += bytes;
-}
-
-// Where the sums of a byte's low and of its high nibble are in a table of 64.
-struct Indices {
-  __m512i low;
-  __m512i high;
-};
-
-inline Indices NibbleIndices(__m512i bytes) {
-  const __m512i groups = _mm512_set1_epi32(0x30201000);  // e
-  const __m512i high = _mm512_srli_epi16(bytes, 4);
-  return {Index(bytes, 0x0F, groups), Index(high, 0x0F, groups)};
-}
-
-// Bits 0, 2, 4, 6 (the first plane of a pair) to the low nibble of each byte, 1, 3, 5, 7 to the
-// high one.
-inline __m512i SplitPlanes(__m512i codes) {
-  return _mm512_gf2p8affine_epi64_epi8(codes, _mm512_set1_epi64(0x0104104002082080), 0);
 }
 
 inline __m512i AddLookup(__m512i sum, __m512i index, __m512i table) {
@@ -205,8 +185,8 @@ void MultiplyTile(const BinaryMatMulArgs& args, std::size_t row, std::size_t pan
 
 using TileFunction = void (*)(const BinaryMatMulArgs&, std::size_t, std::size_t, std::size_t,
                               std::byte*);
-constexpr TileFunction kTiles[kMaxTokens] = {MultiplyTile<1>, MultiplyTile<2>, MultiplyTile<3>,
-                                             MultiplyTile<4>};
+constexpr TileFunction kTiles[kMaxLookupTokens] = {MultiplyTile<1>, MultiplyTile<2>,
+                                                   MultiplyTile<3>, MultiplyTile<4>};
 
 void MultiplyByLookup(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
                       std::size_t panel_begin, std::size_t panel_end, const std::byte* prepared) {
@@ -214,16 +194,13 @@ void MultiplyByLookup(const BinaryMatMulArgs& args, std::size_t row_begin, std::
   multiply(args, row_begin, panel_begin, panel_end, const_cast<std::byte*>(prepared));
 }
 
-const BinaryMatMulFunctions kLookup = {1U << 19, LookupRowBytes, PrepareLookup, MultiplyByLookup};
-
-void Multiply(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
-              std::size_t panel_begin, std::size_t panel_end, const std::byte* prepared) {
-  BinaryMatMulAvx512.multiply(args, row_begin, row_end, panel_begin, panel_end, prepared);
-}
-
 }  // namespace
 
-const BinaryMatMulFunctions BinaryMatMulAvx512Vbmi = {1U << 19, Int8RowBytes, PrepareInt8Avx512,
-                                                      Multiply, kMaxTokens,   &kLookup};
+const BinaryMatMulFunctions BinaryMatMulLookup = {1U << 19, LookupRowBytes, PrepareLookup,
+                                                  MultiplyByLookup};
+
+const BinaryMatMulFunctions BinaryMatMulAvx512Vbmi = {
+    1U << 19,         WideLookupRowBytes,  PrepareWideLookup,    MultiplyWideLookup,
+    kMaxLookupTokens, &BinaryMatMulLookup, kWideLookupUnitPanels};
 
 }  // namespace bivlm

@@ -39,9 +39,13 @@ static inline LookupRow LookupRowAt(const BinaryMatMulWeight& weight, std::byte*
   return {tables, reinterpret_cast<float*>(tables + kChunkTableBytes * weight.chunks())};
 }
 
-// BinaryMatMulFunctions::prepare of the lookup kernel.
+// BinaryMatMulFunctions::prepare of BinaryMatMulLookup.
 void PrepareLookup(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
                    std::byte* prepared, float* work);
+
+// For at most kMaxLookupTokens tokens, which are one tile.
+inline constexpr std::size_t kMaxLookupTokens = 4;
+extern const BinaryMatMulFunctions BinaryMatMulLookup;
 
 }  // namespace bivlm
 

@@ -24,6 +24,10 @@ _WARM_UP = 0.05
 class Rates:
     """Learning rates, relative to the root mean square of the tensor that is trained.
 
+    On the first block of SmolLM2-135M at 2 bits the held-out error of two epochs fell from 0.0769
+    to 0.0650 with the signs fixed, and with them to 0.0647, 0.0545 and 0.0714 at latent rates of
+    0.0015, 0.005 and 0.02; at 0.005 with the coefficients at 0.01 to 0.0595.
+
     Attributes:
         coefficients: Of row coefficients.
         latent: Of latent weights, relative to the rms of the layer's weight.

@@ -55,7 +55,7 @@ def group_query_attention(
     batch, new = qkv.shape[:2]
     kv_heads, capacity, width = past_key.shape[1:]
     heads = qkv.reshape(batch, new, -1, width)
-    query, key, value = heads.split([num_heads, kv_heads, kv_heads], dim=2)
+    query, key, value = torch.split(heads, [num_heads, kv_heads, kv_heads], dim=2)
     query, key = (_rotated(states.float(), cos.float(), sin.float()) for states in (query, key))
     shape = (batch, kv_heads, max(capacity, int(total_length)), width)
     present_key, present_value = past_key.new_zeros(shape), past_value.new_zeros(shape)

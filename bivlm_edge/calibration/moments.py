@@ -49,7 +49,12 @@ class InputStatistics:
 
 
 class _Accumulator:
-    """Sums of one half of the rows, in float64."""
+    """Sums of one half of the rows, in float64.
+
+    Products are those of rows around the mean of their batch, in float32; the mean is added in
+    float64. Products of raw rows would err by 2^-24 of a channel's second moment, which may be
+    more than its variance: their moments around the mean are not positive semidefinite.
+    """
 
     def __init__(self, k: int, *, crossed: bool) -> None:
         self.squares = torch.zeros(k, k, dtype=torch.float64)
@@ -60,19 +65,22 @@ class _Accumulator:
         self.reference_sums = torch.zeros_like(self.sums) if crossed else None
 
     def add(self, rows: Tensor, weights: Tensor | None, reference: Tensor | None) -> None:
-        rows = rows.float()
-        weighted = rows if weights is None else rows * weights.float()[:, None]
-        self.squares += (weighted.T @ rows).double()
-        self.sums += weighted.sum(dim=0, dtype=torch.float64)
-        self.rows += len(rows)
-        self.weight += float(len(rows)) if weights is None else float(weights.double().sum())
         if (reference is None) != (self.cross is None):
             raise ValueError("rows of the float model are given for all rows or for none.")
+        weight = float(len(rows)) if weights is None else float(weights.double().sum())
+        pivot, deviations, weighted = _deviations(rows, weights)
+        deviation = weighted.sum(dim=0, dtype=torch.float64)
+        self.squares += (weighted.T @ deviations).double()
+        self.squares.addr_(pivot, deviation + weight * pivot).addr_(deviation, pivot)
+        self.sums += deviation + weight * pivot
+        self.rows += len(rows)
+        self.weight += weight
         if reference is not None and self.cross is not None and self.reference_sums is not None:
-            original = reference.float()
-            self.cross += (original.T @ weighted).double()
-            by_weight = original if weights is None else original * weights.float()[:, None]
-            self.reference_sums += by_weight.sum(dim=0, dtype=torch.float64)
+            center, originals, weighted_originals = _deviations(reference, weights)
+            original = weighted_originals.sum(dim=0, dtype=torch.float64)
+            self.cross += (originals.T @ weighted).double()
+            self.cross.addr_(center, deviation + weight * pivot).addr_(original, pivot)
+            self.reference_sums += original + weight * center
 
     def pooled(self, team: Team) -> _Accumulator:
         """The sums over all processes."""
@@ -103,6 +111,14 @@ class _Accumulator:
             None if self.cross is None else self.cross / total,
             None if self.reference_sums is None else self.reference_sums / total,
         )
+
+
+def _deviations(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of rows (t, k), float64 (k,), the rows around it, and those times their weights."""
+    pivot = rows.mean(dim=0, dtype=torch.float64).float()
+    deviations = rows.float() - pivot
+    weighted = deviations if weights is None else deviations * weights.float()[:, None]
+    return pivot.double(), deviations, weighted
 
 
 class StatisticsCollector:

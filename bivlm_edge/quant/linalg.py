@@ -15,6 +15,10 @@ _MAX_DAMPING = 1e3
 _BLOCK = 128
 
 
+class IndefiniteError(ValueError):
+    """A Hessian that no damping makes positive definite; the message does not know the layer."""
+
+
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The Hessian plus `damping` times its mean diagonal: float64 (k, k).
 
@@ -33,13 +37,8 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     Damping grows tenfold, with a log line, until the factorization succeeds.
 
     Raises:
-        ValueError: the Hessian is not finite, or no damping helps.
+        IndefiniteError: no damping helps, as of a Hessian that is not finite.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise ValueError(
-            "the Hessian of the calibration inputs holds NaN or infinity. Check the calibration "
-            "images and that the float model's activations are finite."
-        )
     used = damping
     while used <= _MAX_DAMPING:
         lower, failed = torch.linalg.cholesky_ex(damped(hessian, used))
@@ -51,7 +50,7 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
                 return upper
         logger.warning("Cholesky failed with damping %g, trying %g", used, used * 10)
         used *= 10
-    raise ValueError(
+    raise IndefiniteError(
         f"the Hessian ({len(hessian)} x {len(hessian)}) is not positive definite even with "
         f"damping {_MAX_DAMPING:g}. It must be a sum of x x^T."
     )

@@ -6,24 +6,23 @@ import torch
 from torch import Tensor
 
 from bivlm_edge.calibration.moments import InputStatistics, Moments
-from bivlm_edge.quant.linalg import damped, output_energy
+from bivlm_edge.quant.linalg import inverse_factor, output_energy
 
-_CONSTANT = 2.0**-14  # 1 % of it, the damping, is above the 2^-24 by which float32 products err
+_CONSTANT = 2.0**-44  # 1 % of it, the damping, is above the 2^-52 by which float64 moments err
+
+
+def varies(fit: Moments) -> bool:
+    """Whether inputs have moments around their mean that can be told from rounding.
+
+    Of constant inputs nothing definite is left there: any weight does, and the moments around zero
+    choose one.
+    """
+    return bool(fit.around(fit.mean).trace() > _CONSTANT * fit.hessian.trace())
 
 
 def second_moment(moments: Moments, fit: Moments, is_centred: bool) -> Tensor:
-    """E[x x^T] of `moments`, around the mean of `fit` where the layer's bias takes that up.
-
-    Of inputs that are constant up to the rounding of float32 nothing definite is left around the
-    mean: any weight does, and the moments around zero choose one.
-    """
-    return moments.around(fit.mean) if _is_centred(moments, fit, is_centred) else moments.hessian
-
-
-def _is_centred(moments: Moments, fit: Moments, is_wanted: bool) -> bool:
-    if not is_wanted:
-        return False
-    return bool(moments.around(fit.mean).trace() > _CONSTANT * moments.hessian.trace())
+    """E[x x^T] of `moments`, around the mean of `fit` if the layer's bias takes that up."""
+    return moments.around(fit.mean) if is_centred else moments.hessian
 
 
 def target_weight(weight: Tensor, statistics: InputStatistics, is_centred: bool) -> Tensor:
@@ -37,20 +36,21 @@ def target_weight(weight: Tensor, statistics: InputStatistics, is_centred: bool)
     Args:
         weight: W, float32 (n, k).
         statistics: Of the layer's inputs; without `cross` the target is the weight itself.
-        is_centred: Whether the layer's bias takes up the mean error.
+        is_centred: Whether the layer's bias takes up the mean error; only where inputs vary.
 
     Returns:
         T, float32 (n, k).
+
+    Raises:
+        IndefiniteError: no damping makes the second moment positive definite.
     """
     fit, held_out = statistics.fit, statistics.held_out
     if fit.cross is None:
         return weight
     wide = weight.double()
     drift = wide @ _drift(fit, fit, is_centred)
-    inverse = torch.cholesky_inverse(
-        torch.linalg.cholesky(damped(second_moment(fit, fit, is_centred)))
-    )
-    change = drift @ inverse
+    factor = inverse_factor(second_moment(fit, fit, is_centred))
+    change = drift @ factor.T @ factor
     step = 1.0
     if held_out is not None:
         wanted = float((change * (wide @ _drift(held_out, fit, is_centred))).sum())
@@ -64,7 +64,7 @@ def _drift(moments: Moments, fit: Moments, is_centred: bool) -> Tensor:
     if moments.cross is None or fit.reference_mean is None or moments.reference_mean is None:
         raise ValueError("the moments were collected without a reference.")
     drift = moments.cross - moments.hessian
-    if not _is_centred(moments, fit, is_centred):
+    if not is_centred:
         return drift
     x, mean = moments.mean, fit.mean
     shift = fit.reference_mean - mean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,13 @@ from bivlm_edge.calibration.importance import token_importance
 from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.distributed import Team
-from bivlm_edge.errors import CheckpointError, RequestError
+from bivlm_edge.errors import CheckpointError, DataError, RequestError
 from bivlm_edge.quant import methods
 from bivlm_edge.quant.allocation import Plan, allocate, group_plans
-from bivlm_edge.quant.linalg import output_energy
+from bivlm_edge.quant.linalg import IndefiniteError, output_energy
 from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight, can_stack
-from bivlm_edge.quant.propagation import second_moment, target_weight
+from bivlm_edge.quant.propagation import second_moment, target_weight, varies
 from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import DenseWeight, QuantizedWeight
 from bivlm_edge.quant.work_folder import WorkFolder, describe_run, pack_weight, unpack_weight
@@ -138,7 +138,8 @@ def quantize_model(
         RequestError: no batches, the budget is below one plane per layer, or the work folder
             belongs to another run.
         CheckpointError: a weight holds NaN or infinity.
-        DataError: the calibration data make NaN or infinity in a layer's input.
+        DataError: the calibration data make NaN or infinity in a layer's input, or a Hessian that
+            no damping makes positive definite.
         OutputError: the work folder cannot be written.
     """
     result = QuantizedModel(skipped=skipped_layers(vlm, config.method))
@@ -408,7 +409,8 @@ def _plan(
         names = [name for name in group.layers if name not in skipped]
         layers = [_calibrated(name, group, config) for name in names]
         weights += sum(layer.weight.numel() for layer in layers)
-        found = group_plans(layers, _seed(config, group), config.without)
+        with _named(names):
+            found = group_plans(layers, _seed(config, group), config.without)
         candidates[names[0]] = found
         work.save(f"plans.{names[0]}", [astuple(plan) for plan in found], {})
     budget = int(config.bits * weights / 8)
@@ -439,10 +441,12 @@ def _calibrated(name: str, group: LayerGroup, config: QuantConfig) -> Calibrated
     else:  # no gradient: the relative error is what layers have in common
         scale = 1 / max(output_energy(weight, fit.hessian), 1e-30)
     held_out = statistics.held_out
-    is_centred = _corrects_bias(layer, config)
+    is_centred = _corrects_bias(layer, config) and varies(fit)
+    with _named([name]):
+        target = target_weight(weight, statistics, is_centred)
     return CalibratedLayer(
         name=name,
-        weight=target_weight(weight, statistics, is_centred),
+        weight=target,
         hessian=second_moment(fit, fit, is_centred) * scale,
         held_out=None if held_out is None else second_moment(held_out, fit, is_centred) * scale,
     )
@@ -478,7 +482,21 @@ def _quantize_group(
         seed=_seed(config, group),
         without=config.without,
     )
-    return methods.load(config.method).quantize(layers, options)
+    with _named([layer.name for layer in layers]):
+        return methods.load(config.method).quantize(layers, options)
+
+
+@contextmanager
+def _named(names: Sequence[str]) -> Iterator[None]:
+    """Say of which layers with the same input the Hessian cannot be factorized."""
+    try:
+        yield
+    except IndefiniteError as error:
+        layers = ", ".join(f"'{name}'" for name in names)
+        raise DataError(
+            f"the inputs of {layers}: {error} Check the calibration data, or choose --method rtn, "
+            "which needs none."
+        ) from error
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bivlm_edge.calibration.moments import InputStatistics, StatisticsCollector
-from bivlm_edge.quant.propagation import second_moment, target_weight
+from bivlm_edge.quant.propagation import second_moment, target_weight, varies
 
 K, N, ROWS = 24, 10, 4000
 
@@ -93,7 +93,38 @@ def test_inputs_that_are_always_zero_leave_the_weight() -> None:
     assert torch.equal(target_weight(weight, statistics, is_centred=True), weight)
 
 
-def test_second_moment_of_constant_inputs_is_not_centred() -> None:
-    constant = torch.ones(ROWS, K)
-    moments = collect((constant, constant), (constant, constant)).fit
-    assert torch.equal(second_moment(moments, moments, is_centred=True), moments.hessian)
+def test_constant_inputs_do_not_vary() -> None:
+    for value in (0.0, 1.0, 0.1):
+        constant = torch.full((ROWS, K), value)
+        assert not varies(collect((constant, constant), (constant, constant)).fit)
+    assert varies(collect(inputs(2), inputs(3)).fit)
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 1e-4, 1e-2])
+def test_small_changes_of_constant_inputs_are_made_good(
+    ratio: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Channels whose variance is `ratio` of their second moment, most of it shared."""
+    k, batches = 64, 8
+    collector = StatisticsCollector(k, batches, crossed=True)
+    mixing, rows = drawn(4, k, seed=5), []
+    for batch in range(batches):
+        changes = drawn(1024, 4, seed=batch) @ mixing + 1e-3 * drawn(1024, k, seed=20 + batch)
+        f = 3.0 + 3.0 * ratio**0.5 * changes
+        x = 3.0 + 2.0 * ratio**0.5 * changes
+        collector.add(x, batch, None, f)
+        rows.append((f, x))
+    statistics = collector.finish()
+    fit = statistics.fit
+    x = torch.cat([x for _, x in rows[:-1]]).double()
+    centred = x - x.mean(dim=0)
+    expected = centred.T @ centred / len(x)
+    found = second_moment(fit, fit, is_centred=True)
+    assert varies(fit)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.max()))
+    weight = drawn(N, k, seed=1)
+    target = target_weight(weight, statistics, is_centred=True)
+    assert not caplog.records  # 1 % of damping is enough
+    alike = torch.ones(1024)
+    before, after = (error(t, weight, rows[-1], alike, center=True) for t in (weight, target))
+    assert after < 0.1 * before

@@ -391,9 +391,7 @@ def test_without_model_budget_every_group_keeps_the_bits_by_itself() -> None:
         ) + 8 * sum(weight.transform_bytes for weight in binary(result))
 
 
-@pytest.mark.parametrize(
-    "stage", ["act-order", "refit", "descent", "bias-correction", "propagation"]
-)
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_changes_the_result(stage: str) -> None:
     reference = {name: w.dequantize() for name, w in stages_off()[0].weights.items()}
     changed = {name: w.dequantize() for name, w in stages_off(stage)[0].weights.items()}

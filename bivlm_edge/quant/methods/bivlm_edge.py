@@ -17,7 +17,6 @@ Stages that can be switched off, and what takes their place:
     descent          signs stay as the compensated rounding leaves them
     bias-correction  biases stay; Hessians are not centred
     propagation      layers approximate their float weights, not their float outputs
-    fine-tuning      nothing is trained afterwards
 """
 
 from __future__ import annotations
@@ -64,7 +63,6 @@ STAGES = (
     "descent",
     "bias-correction",
     "propagation",
-    "fine-tuning",
 )
 
 _ROUNDS = 3

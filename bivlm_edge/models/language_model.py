@@ -177,12 +177,19 @@ def _layers(module: Any) -> Any:
 
 
 def _check_blocks(source: str, module: Any) -> None:
-    """Refuse decoders without a list of layers, and weights that are not those of nn.Linear."""
+    """Refuse decoders without a list of like layers, and weights that are not of nn.Linear."""
     layers = _layers(module)
     if not isinstance(layers, nn.ModuleList):
         raise UnsupportedModelError(
             f"the decoder of '{source}' ({type(module).__name__}) has no list named 'layers'. "
             "Supported are models built like Llama, Mistral, Qwen2 or SmolLM2."
+        )
+    kinds = sorted(_attention_kinds(module, layers))
+    if len(kinds) > 1:
+        raise UnsupportedModelError(
+            f"the blocks of '{source}' differ in their attention ({', '.join(kinds)}). Each kind "
+            "gets masks or positions of its own, but calibration runs all blocks with those of the "
+            "first. Supported are decoders whose blocks are all of one kind."
         )
     for name, block in layers.named_modules():
         if isinstance(block, nn.Linear):
@@ -194,6 +201,20 @@ def _check_blocks(source: str, module: Any) -> None:
                     f"{tuple(value.shape)} outside nn.Linear, which would stay float unnoticed. "
                     "Supported are models whose blocks multiply by nn.Linear alone."
                 )
+
+
+def _attention_kinds(module: Any, layers: nn.ModuleList) -> set[str]:
+    """The kinds of attention that the configuration or the blocks themselves tell of."""
+    config = module.config.get_text_config(decoder=True)
+    for key in ("layer_types", "layers_block_type"):
+        kinds = {str(kind) for kind in getattr(config, key, None) or ()}
+        if kinds:
+            return kinds
+    return {
+        "full attention" if window is None else f"window of {window} tokens"
+        for block in layers
+        for window in [getattr(getattr(block, "self_attn", block), "sliding_window", None)]
+    }
 
 
 def require_gguf() -> None:

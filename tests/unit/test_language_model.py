@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import CheckpointError, RequestError, UnsupportedModelError
+from bivlm_edge.models import language_model
 from bivlm_edge.models.language_model import (
     SMOLLM2,
     LanguageModel,
@@ -88,6 +89,33 @@ def test_experts_outside_linear_layers_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, transformers.MixtralForCausalLM(config))
     with pytest.raises(UnsupportedModelError, match=r"outside nn\.Linear, which would stay float"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Gemma3", {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}),
+    ],
+)
+def test_blocks_with_masks_of_their_own_are_refused(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    module = getattr(transformers, f"{family}ForCausalLM")
+    folder = save(tmp_path, module(module.config_class(**SIZES, **options)))
+    with pytest.raises(
+        UnsupportedModelError, match=r"differ in their attention \(full_attention, sliding_att"
+    ):
+        load_model(folder)
+
+
+def test_one_window_is_accepted_and_one_of_a_single_block_refused() -> None:
+    config = transformers.MistralConfig(**SIZES, sliding_window=8)
+    module = transformers.MistralForCausalLM(config)
+    language_model._check_blocks("x", module)
+    module.model.layers[1].self_attn.sliding_window = 16
+    with pytest.raises(UnsupportedModelError, match="full attention, window of 16 tokens"):
+        language_model._check_blocks("x", module)
 
 
 def test_encoder_is_refused(tmp_path: Path) -> None:

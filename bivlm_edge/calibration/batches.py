@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bivlm_edge.calibration.capture import LABELS
+from bivlm_edge.calibration.capture import IGNORED, LABELS
 from bivlm_edge.datasets import ImageSource, VqaItem, load_jsonl
 from bivlm_edge.errors import DataError
 
@@ -21,7 +21,6 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 DEFAULT_QUESTION = "Describe this image."
 PROMPTS_FILE = "prompts.txt"
 _BATCH_SIZE = 16
-_IGNORED = -100
 
 Prepare = Callable[[Any, str, str | None], dict[str, Tensor]]
 
@@ -120,7 +119,7 @@ def _prepare_item(prepare: Prepare, item: VqaItem) -> dict[str, Tensor]:
     inputs = dict(prepare(image, item.question, item.answer))
     prompt = prepare(image, item.question, None)["input_ids"].shape[1]
     labels = inputs["input_ids"].clone()
-    labels[:, :prompt] = _IGNORED
+    labels[:, :prompt] = IGNORED
     inputs[LABELS] = labels
     return inputs
 

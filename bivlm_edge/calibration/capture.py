@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from bivlm_edge.errors import DataError, UnsupportedModelError
 Batch = Mapping[str, Tensor]
 TokenWeights = Mapping[str, Sequence[Tensor]]
 LABELS = "labels"
+IGNORED = -100  # the label of positions that predict no answer
 _PLAIN = ""  # no layer has this name
 
 
@@ -210,7 +212,7 @@ def walk(
                 measure = _Measurement(block, calls, weights, reference, team, count, frozen=frozen)
                 named = [
                     {prefix + local: layer for local, layer in layers.items()}
-                    for layers in _shared_inputs(block, calls[0])
+                    for layers in _shared_inputs(block, calls, team)
                 ]
                 if frozen:
                     wanted = [layers for layers in named if not (restore and restore(layers))]
@@ -255,27 +257,65 @@ def capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
     return call
 
 
+def _shared_inputs(
+    block: nn.Module, calls: Sequence[Call], team: Team
+) -> list[dict[str, nn.Linear]]:
+    """The block's linear layers in order of execution, those with the same input together.
+
+    The same in all processes. Goes on to further calls as long as there are layers that none has
+    reached.
+    """
+    layers = {name: part for name, part in block.named_modules() if isinstance(part, nn.Linear)}
+    groups: list[list[str]] = []
+    for call in calls:
+        _merge(groups, _reached(block, layers, call))
+        if sum(map(len, groups)) == len(layers):
+            break
+    if team.size > 1:
+        lines = "\n".join(json.dumps(names) for names in groups) + "\n"
+        characters = torch.tensor(list(lines.encode()), dtype=torch.uint8)
+        everyones = bytes(team.concatenate(characters).numpy()).decode()
+        groups = []
+        _merge(groups, [json.loads(line) for line in everyones.splitlines() if line])
+    return [{name: layers[name] for name in names} for names in groups]
+
+
+def _merge(groups: list[list[str]], found: Sequence[Sequence[str]]) -> None:
+    """Add layers that no group has, behind the group that ran before them.
+
+    They are a group of their own even if they share an input with known ones: those ran without
+    them.
+    """
+    known = {name: names for names in groups for name in names}
+    place = 0
+    for names in found:
+        for name in names:
+            if name in known:
+                place = groups.index(known[name]) + 1
+        added = [name for name in names if name not in known]
+        if added:
+            groups.insert(place, added)
+            known.update(dict.fromkeys(added, added))
+            place += 1
+
+
 @torch.no_grad()
-def _shared_inputs(block: nn.Module, call: Call) -> list[dict[str, nn.Linear]]:
-    """The block's linear layers in order of execution, those with the same input together."""
-    groups: dict[int, dict[str, nn.Linear]] = {}
+def _reached(block: nn.Module, layers: Mapping[str, nn.Linear], call: Call) -> list[list[str]]:
+    """Names of the layers that run in one call, in order, those with the same input together."""
+    groups: dict[int, list[str]] = {}
     seen: set[str] = set()
     alive: list[Tensor] = []  # keeps the ids of the inputs apart
 
     def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if name not in seen and isinstance(layer, nn.Linear):
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if name not in seen:
                 seen.add(name)
                 alive.append(args[0])
-                groups.setdefault(id(args[0]), {})[name] = layer
+                groups.setdefault(id(args[0]), []).append(name)
 
         return hook
 
-    handles = [
-        layer.register_forward_pre_hook(remember(name))
-        for name, layer in block.named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
+    handles = [layer.register_forward_pre_hook(remember(name)) for name, layer in layers.items()]
     try:
         call.run(block)
     finally:

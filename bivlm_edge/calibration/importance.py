@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import LABELS, Batch, Blocks
+from bivlm_edge.calibration.capture import IGNORED, LABELS, Batch, Blocks
 from bivlm_edge.calibration.moments import ALONE
 from bivlm_edge.distributed import Team
 
 TEMPERATURE = 2.0
 _FLOOR = 0.2
-_IGNORED = -100
 _BATCH_SEEDS = 1_000_003  # apart for every seed
 
 
@@ -79,7 +78,7 @@ def token_importance(
 def _backward(
     module: nn.Module, layers: dict[str, nn.Linear], batch: Batch, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Mean squared output gradients of one batch, by layer."""
+    """Root mean square output gradients of the rows of one batch, by layer."""
     weights: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
@@ -115,7 +114,7 @@ def _answer_logits(logits: Tensor, labels: Tensor | None) -> Tensor:
     """Logits (positions, vocabulary) that predict an answer token."""
     if labels is None:
         return logits[:, -1]
-    return logits[:, :-1][labels[:, 1:] != _IGNORED]
+    return logits[:, :-1][labels[:, 1:] != IGNORED]
 
 
 def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:

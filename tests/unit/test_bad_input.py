@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bivlm_edge.calibration.moments import InputStatistics, StatisticsCollector
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import CheckpointError, DataError
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
@@ -131,3 +132,40 @@ def test_layer_that_only_a_held_out_batch_reaches_is_fitted_to_it() -> None:
     result = quantize(Model(whole.eval().requires_grad_(False)), batches, "gptq")
     assert [report.error_is_held_out for report in result.reports] == [True, False]
     assert result.reports[1].output_error < 0.2
+
+
+def test_layer_that_the_first_batch_does_not_reach_is_quantized() -> None:
+    class Branching(Pair):
+        def __init__(self) -> None:
+            super().__init__()
+            self.between = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = self.first(x)
+            if len(x) == 50:
+                hidden = hidden + self.between(hidden)
+            return self.second(hidden)
+
+    torch.manual_seed(0)
+    whole = Whole()
+    whole.body = Branching()
+    batches = [{"x": torch.randn(20 + 30 * (i % 2), 64)} for i in range(3)]
+    result = quantize(Model(whole.eval().requires_grad_(False)), batches, "gptq")
+    assert list(result.weights) == ["body.first", "body.between", "body.second"]
+    assert result.skipped == {"body.unused": "not reached by the calibration inputs"}
+
+
+@pytest.mark.parametrize("method", ["bivlm-edge", "gptq"])
+def test_hessian_that_no_damping_helps_is_refused_by_name(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = StatisticsCollector.finish
+
+    def broken(collector: StatisticsCollector) -> InputStatistics:
+        found = finish(collector)
+        hessian = torch.full_like(found.fit.hessian, 1e9).fill_diagonal_(1e-9)
+        return replace(found, fit=replace(found.fit, hessian=hessian))
+
+    monkeypatch.setattr(StatisticsCollector, "finish", broken)
+    with pytest.raises(DataError, match=r"inputs of 'body.first': .* not positive definite"):
+        quantize(make_model(), make_batches(), method)

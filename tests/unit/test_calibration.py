@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from bivlm_edge.calibration.capture import Call, FixedWeights, walk
+from bivlm_edge.calibration.capture import Call, FixedWeights, _shared_inputs, walk
 from bivlm_edge.calibration.float_stream import FloatStream
 from bivlm_edge.calibration.importance import TEMPERATURE, fisher_direction, token_importance
 from bivlm_edge.calibration.moments import StatisticsCollector, is_held_out
 from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
+from bivlm_edge.distributed import Team
 from bivlm_edge.errors import UnsupportedModelError
 
 
@@ -254,7 +255,7 @@ def test_block_that_no_input_reaches_is_named() -> None:
         list(walk(module, llava_sequences(module), [text_only]))
 
 
-def test_importance_is_the_mean_squared_gradient_and_finds_the_answers_tokens() -> None:
+def test_importance_is_the_root_mean_square_gradient_and_finds_the_answers_tokens() -> None:
     module = tiny_llava()
     batches = llava_batches(2)
     sequences = llava_sequences(module)
@@ -461,3 +462,29 @@ def test_reference_rows_are_those_of_the_float_model() -> None:
         )
         for changed in group.layers.values():
             changed.weight.data = changed.weight.data * 1.1
+
+
+def test_processes_agree_on_layers_that_only_one_of_them_reaches() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, hidden_states: Tensor) -> Any:
+            hidden = self.a(hidden_states)
+            if len(hidden) > 1:
+                hidden = self.b(hidden)
+            return self.c(hidden)
+
+    class Pair(Team):
+        def concatenate(self, rows: Tensor) -> Tensor:
+            other = b'["a"]\n["b"]\n["c"]\n'
+            return torch.cat([rows, torch.tensor(list(other), dtype=torch.uint8)])
+
+    block, one, two = Block(), Call((torch.zeros(1, 8),), {}), Call((torch.zeros(2, 8),), {})
+    names = [
+        [list(group) for group in _shared_inputs(block, [one], team)]
+        for team in (Team(), Pair(0, 2))
+    ]
+    assert names == [[["a"], ["c"]], [["a"], ["b"], ["c"]]]
+    assert [list(group) for group in _shared_inputs(block, [one, two], Team())] == names[1]

@@ -81,7 +81,8 @@ class Manifest:
         layers: Decoder layers (length of the KV cache).
         kv_heads: Key-value heads per decoder layer.
         head_dim: Width of one head.
-        dtype: "fp32" or "fp16": type of pixel_values, KV cache and logits.
+        dtype: "fp32" or "fp16": type of pixel_values and logits. That of the KV cache
+            is in the graph.
         context_length: Most positions the decoder takes.
         vocab_size: Rows of the logits.
         image_token_id: Placeholder that the prompt repeats `image_tokens` times per image.

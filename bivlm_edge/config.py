@@ -235,16 +235,29 @@ class PruneConfig:
 
 @dataclass(frozen=True, slots=True)
 class ExportConfig:
-    """Everything that shapes the exported file; stored in the manifest."""
+    """Everything that shapes the exported file; stored in the manifest.
+
+    Attributes:
+        dtype: Of activations, pixels and logits.
+        kv_cache_dtype: Of keys and values; None: as `kv_cache` says.
+    """
 
     quant: QuantConfig = QuantConfig()
     prune: PruneConfig = PruneConfig()
     dtype: Dtype = "fp32"
     fallback: Fallback = "nbits"
     opset: int = 23
+    kv_cache_dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         _require_choice("--dtype", self.dtype, DTYPES)
+        if self.kv_cache_dtype is not None:
+            _require_choice("--kv-cache", self.kv_cache_dtype, DTYPES)
+        if self.kv_cache_dtype == "fp32" and self.dtype == "fp16":
+            raise RequestError(
+                "--kv-cache fp32 is wider than the activations of --dtype fp16. Leave one of them "
+                "out."
+            )
         _require_choice("--fallback", self.fallback, FALLBACKS)
         _require_choice("--opset", self.opset, OPSETS)
         if self.quant.method != "none":
@@ -254,6 +267,13 @@ class ExportConfig:
                 "--prune-mode random has no form in standard operators. "
                 "Add --fallback none (the file then needs the operator library), or another mode."
             )
+
+    @property
+    def kv_cache(self) -> Dtype:
+        """Type of keys and values: float16, but that of the activations in float models."""
+        if self.kv_cache_dtype is not None:
+            return self.kv_cache_dtype
+        return self.dtype if self.quant.method == "none" else "fp16"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the manifest."""

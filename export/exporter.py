@@ -21,7 +21,7 @@ from torch import nn
 from bivlm_edge import custom_ops_library
 from bivlm_edge.bundle import BundlePaths
 from bivlm_edge.calibration.batches import make_batches
-from bivlm_edge.config import ExportConfig, QuantConfig
+from bivlm_edge.config import Dtype, ExportConfig, QuantConfig
 from bivlm_edge.datasets import VqaItem
 from bivlm_edge.errors import OutputError, RequestError
 from bivlm_edge.export import assets, data_file, functions, parts, schemas, sizes
@@ -108,7 +108,7 @@ def export_model(
     quantized, tuning = _quantize(vlm, items, config.quant, tell, work_folder)
     vocabulary = _quantize_vocabulary(vlm, quantized)
     quantized.skipped.update(tables_in_float(vlm, vocabulary.table))
-    dtype = torch.float16 if config.dtype == "fp16" else torch.float32
+    dtype = torch_dtype(config.dtype)
     weights = {**quantized.weights, **vocabulary.head}
     parameters = count_parameters(vlm.module)
     with staging(paths, overwrite=overwrite) as staged:
@@ -155,7 +155,7 @@ def write_bundle(
         vlm: Its layers are modules that trace to operator nodes (`parts.installed`).
         table: Token table ``(vocab, hidden)``.
         staged: Where to write; the names are the final ones.
-        dtype: Of activations and KV cache.
+        dtype: Of activations.
         config: Options.
         tell: Called with (what runs, steps done, steps in all).
     """
@@ -170,6 +170,11 @@ def write_bundle(
     has_custom_ops = any(node.domain == schemas.DOMAIN for node in model.graph.all_nodes())
     assets.write_manifest(vlm, staged, config, uses_custom_ops=has_custom_ops)
     return Written(account, has_custom_ops)
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """Return the type that an option names."""
+    return torch.float16 if name == "fp16" else torch.float32
 
 
 def _tell_nobody(what: str, done: int, total: int) -> None:
@@ -276,7 +281,7 @@ def _build_graph(
     config: ExportConfig,
 ) -> ir.Model:
     vision = parts.trace_vision(vlm, dtype, config.opset)
-    decoder = parts.trace_decoder(vlm, dtype, config.opset)
+    decoder = parts.trace_decoder(vlm, dtype, torch_dtype(config.kv_cache), config.opset)
     options = GraphOptions(
         image_token_id=vlm.image_token_id,
         image_tokens=vlm.image_tokens,

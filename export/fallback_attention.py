@@ -38,17 +38,20 @@ def group_query_attention_function(opset: int) -> FunctionProto:
         body("RotaryEmbedding", states, rows, *tables, domain=MICROSOFT_DOMAIN)
         for states in (query, key)
     )
+    # ONNX Runtime's operator computes in the type of its cache
+    states = [body("CastLike", part, "past_key") for part in (query, key, value)]
     body.nodes.append(
         helper.make_node(
             "GroupQueryAttention",
-            [query, key, value, *ATTENTION_INPUTS[3:]],
-            ATTENTION_OUTPUTS,
+            [*states, *ATTENTION_INPUTS[3:]],
+            ["attended", *ATTENTION_OUTPUTS[1:]],
             domain=MICROSOFT_DOMAIN,
         )
     )
     for attribute in ("num_heads", "kv_num_heads"):
         refer(attribute, attribute, AttributeProto.INT)
     refer("scale", "scale", AttributeProto.FLOAT)
+    body.nodes.append(helper.make_node("CastLike", ["attended", "qkv"], ["output"]))
     return body.function(
         "GroupQueryAttention",
         "",

@@ -192,11 +192,13 @@ def trace_vision(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> ir
     )
 
 
-def trace_decoder(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> ir.Model:
+def trace_decoder(
+    vlm: VisionLanguageModel, dtype: torch.dtype, cache_dtype: torch.dtype, opset: int
+) -> ir.Model:
     """Trace decoder and head; inputs as in DecoderPart, outputs logits, `present.{i}.key|value`."""
     layers, heads, width = kv_geometry(vlm)
     batch, new, seen = 2, 3, 5
-    past = [torch.rand(batch, heads, seen, width, dtype=dtype) for _ in range(2 * layers)]
+    past = [torch.rand(batch, heads, seen, width).to(cache_dtype) for _ in range(2 * layers)]
     hidden = torch.rand(batch, new, vlm.text_config.hidden_size, dtype=dtype)
     positions = torch.arange(seen, seen + new)[None].expand(batch, -1).contiguous()
     axes = 0

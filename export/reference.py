@@ -140,7 +140,7 @@ def group_query_attention(
     (batch, kv_heads, capacity, d), new = past_key.shape, qkv.shape[1]
     factor = scale or 1 / math.sqrt(d)
     shape = (batch, kv_heads, max(capacity, total), d)
-    present_key, present_value = (np.zeros(shape, qkv.dtype) for _ in range(2))
+    present_key, present_value = (np.zeros(shape, past_key.dtype) for _ in range(2))
     heads = qkv.reshape(batch, new, num_heads + 2 * kv_heads, d)
     query, key = (
         _rotate(states, cos, sin)

@@ -94,15 +94,18 @@ def _attention_schema() -> defs.OpSchema:
             "where past and present are one buffer. The numbers: OPS.md."
         ),
         inputs=[
-            _Parameter(name, "T" if index < 5 else "tensor(int32)", shapes[name])
-            for index, name in enumerate(ATTENTION_INPUTS)
+            _Parameter(name, kind, shapes[name])
+            for name, kind in zip(ATTENTION_INPUTS, [*"TTTCC", *2 * ["tensor(int32)"]], strict=True)
         ],
         outputs=[
             _Parameter("output", "T", "[B, S, num_heads * d]"),
-            _Parameter("present_key", "T", "[B, kv_num_heads, max(P, total), d]"),
-            _Parameter("present_value", "T", "[B, kv_num_heads, max(P, total), d]"),
+            _Parameter("present_key", "C", "[B, kv_num_heads, max(P, total), d]"),
+            _Parameter("present_value", "C", "[B, kv_num_heads, max(P, total), d]"),
         ],
-        type_constraints=[("T", _FLOATS, "float32 or float16")],
+        type_constraints=[
+            ("T", _FLOATS, "float32 or float16"),
+            ("C", _FLOATS, "of the cache: T or float16"),
+        ],
         attributes=[
             _Attribute("num_heads", _AttrType.INT, "query heads"),
             _Attribute("kv_num_heads", _AttrType.INT, "heads of the cache; divides num_heads"),
@@ -279,7 +282,7 @@ def _infer_attention(context: InferenceContext) -> None:
         if past is not None:
             _require_dim(past[1], kv_heads, "an axis of the past", f"kv_num_heads = {kv_heads}")
             past[2] = None
-        _set_output(context, index - 2, _element(context), past)
+        _set_output(context, index - 2, _element(context, index), past)
 
 
 def _infer_gated_silu(context: InferenceContext) -> None:
@@ -327,8 +330,8 @@ def _input_type(context: InferenceContext, index: int) -> TypeProto | None:
     return context.get_input_type(index)
 
 
-def _element(context: InferenceContext) -> int:
-    kind = _input_type(context, 0)
+def _element(context: InferenceContext, index: int = 0) -> int:
+    kind = _input_type(context, index)
     return kind.tensor_type.elem_type if kind else TensorProto.UNDEFINED
 
 

@@ -41,7 +41,8 @@ def group_query_attention(
         qkv: ``(B, S, (num_heads + 2 * kv_heads) * head_dim)``: queries, keys, values.
         cos: ``(B, S, head_dim / 2)``: rotations of queries and keys.
         sin: Likewise.
-        past_key: ``(B, kv_heads, P, head_dim)``; the first last_index + 1 - S positions count.
+        past_key: ``(B, kv_heads, P, head_dim)``, of the type of qkv or float16; the first
+            last_index + 1 - S positions count.
         past_value: Likewise.
         last_index: int32 ``(B,)``: index of the last token in the cache after this run.
         total_length: int32, one element: tokens in the cache after this run.
@@ -50,7 +51,7 @@ def group_query_attention(
 
     Returns:
         Output ``(B, S, num_heads * head_dim)``, and keys and values
-        ``(B, kv_heads, max(P, total_length), head_dim)``.
+        ``(B, kv_heads, max(P, total_length), head_dim)`` of the type of the past.
     """
     batch, new = qkv.shape[:2]
     kv_heads, capacity, width = past_key.shape[1:]

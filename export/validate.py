@@ -25,11 +25,13 @@ from bivlm_edge.models import VisionLanguageModel
 NEW_TOKENS = 4
 # Relative error of the logits (L2 over a step) that a correct export stays under. Int8 activations
 # of BinaryMatMul cost about 0.6 % per layer and add up over the depth; float graphs differ only by
-# the order of summation (float32) or by rounding to 11 bits (float16).
+# the order of summation (float32) or by rounding to 11 bits (float16,
+# which may be the KV cache alone).
 BOUNDS = {("none", "fp32"): 1e-3, ("none", "fp16"): 5e-2}
 QUANTIZED_BOUND = 0.15
 # Int8 rounding moves features by about 1 %, which tips near-ties of the selection.
 MIN_KEPT_SAME = 0.9
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 RUNTIME_ERRORS = (
     runtime_errors.Fail,
     runtime_errors.InvalidGraph,
@@ -163,10 +165,10 @@ class OnnxRunner:
         self._outputs = [output.name for output in self._session.get_outputs()]
         inputs = {value.name: value for value in self._session.get_inputs()}
         pixels = inputs["pixel_values"]
-        self._dtype = np.float16 if pixels.type == "tensor(float16)" else np.float32
+        self._dtype = NUMPY_TYPES[pixels.type]
         self._no_pixels = np.zeros((0, *pixels.shape[1:]), self._dtype)
-        self._past_shapes = {
-            name: (value.shape[1], value.shape[3])
+        self._past = {
+            name: (value.shape[1], value.shape[3], NUMPY_TYPES[value.type])
             for name, value in inputs.items()
             if name.startswith("past_key_values.")
         }
@@ -183,10 +185,8 @@ class OnnxRunner:
         length = sample.input_ids.shape[1]
         room = length + steps if in_place else 0
         cache = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, heads, room, width), self._dtype)
-            )
-            for name, (heads, width) in self._past_shapes.items()
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, room, width), kind))
+            for name, (heads, width, kind) in self._past.items()
         }
         feed: dict[str, NDArray[Any]] = {
             "input_ids": sample.input_ids.numpy(),
@@ -275,7 +275,7 @@ def validate(
             torch's that is not a near-tie, or too many kept image tokens differ.
     """
     oracle = TorchOracle(vlm, config)
-    bound = BOUNDS.get((config.quant.method, config.dtype), QUANTIZED_BOUND)
+    bound = BOUNDS.get((config.quant.method, config.kv_cache), QUANTIZED_BOUND)
     comparisons = []
     for name, with_library in ways.items():
         try:

@@ -100,7 +100,7 @@ class KvCache:
     def _allocate(self, capacity: int) -> None:
         manifest = self.session.manifest
         shape = (1, manifest.kv_heads, capacity, manifest.head_dim)
-        new = [_aligned_zeros(shape, self.session.dtype) for _ in self.session.past_names]
+        new = [_aligned_zeros(shape, self.session.cache_dtype) for _ in self.session.past_names]
         for buffer, old in zip(new, self._buffers, strict=False):
             buffer[:, :, : self.tokens] = old[:, :, : self.tokens]
         self._buffers = new
@@ -112,7 +112,7 @@ class KvCache:
         """Return what one token adds, over all layers."""
         manifest = session.manifest
         values = 2 * manifest.layers * manifest.kv_heads * manifest.head_dim
-        return values * np.dtype(session.dtype).itemsize
+        return values * np.dtype(session.cache_dtype).itemsize
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:

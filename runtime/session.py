@@ -49,6 +49,7 @@ class VlmSession:
         ort: The ONNX Runtime session.
         library: The operator library it runs with; None without one.
         threads: Threads of one operator; None leaves the number to ONNX Runtime.
+        cache_dtype: Element type of the KV cache.
         past_names: Inputs of the KV cache, key and value of layer 0, 1, ...
         output_names: logits, kept_indices, then the outputs of the KV cache in the same order.
     """
@@ -58,12 +59,13 @@ class VlmSession:
     ort: ort.InferenceSession
     library: str | None
     threads: int | None
+    cache_dtype: type[np.floating[Any]]
     past_names: tuple[str, ...]
     output_names: tuple[str, ...]
 
     @property
     def dtype(self) -> type[np.floating[Any]]:
-        """Element type of pixel_values, KV cache and logits."""
+        """Element type of pixel_values and logits."""
         return np.float16 if self.manifest.dtype == "fp16" else np.float32
 
 
@@ -129,7 +131,11 @@ def load(
     present_names = tuple(name.replace("past_key_values", "present", 1) for name in past_names)
     output_names = ("logits", "kept_indices", *present_names)
     _check_signature(paths, session, past_names, output_names)
-    return VlmSession(paths, manifest, session, library, threads, past_names, output_names)
+    kinds = {value.name: value.type for value in session.get_inputs()}
+    cache_dtype = np.float16 if kinds[past_names[0]] == "tensor(float16)" else np.float32
+    return VlmSession(
+        paths, manifest, session, library, threads, cache_dtype, past_names, output_names
+    )
 
 
 def _require_overloads(graph: Path) -> None:

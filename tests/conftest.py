@@ -118,7 +118,8 @@ def single_node_model(
         operator: Name of the operator.
         inputs: Its inputs in order; None for one that is absent. Only types are read, and the
             values of those in `constants`, which become initializers.
-        outputs: Names; the first has the type of the first input, the others int64.
+        outputs: Names; the first has the type of the first input, the others int64 (those
+            of GroupQueryAttention that of its past).
         constants: Inputs that become initializers.
         functions: Model-local functions; the first one's overload is the node's.
         attributes: Of the node.
@@ -134,7 +135,7 @@ def single_node_model(
     types = [first] + [TensorProto.INT64] * (len(outputs) - 1)
     ranks = [given[next(iter(inputs))].ndim, 2, 1]
     if operator == "GroupQueryAttention":
-        types, ranks = [first] * 3, [3, 4, 4]
+        types, ranks = [first, element["past_key"], element["past_value"]], [3, 4, 4]
     graph = helper.make_graph(
         [node],
         "one_node",
@@ -223,6 +224,7 @@ def draw_attention_case(seed: int) -> tuple[dict[str, Array], dict[str, Any]]:
     """
     rng = np.random.default_rng(seed)
     dtype = np.float32 if seed % 2 else np.float16
+    cache_dtype = np.float32 if seed % 4 == 1 else np.float16
     kv_heads, group = int(rng.integers(1, 4)), int(rng.integers(1, 6))
     width = 8 * int(rng.integers(1, 10))
     kind = seed // 2 % 3
@@ -242,8 +244,8 @@ def draw_attention_case(seed: int) -> tuple[dict[str, Array], dict[str, Any]]:
         "qkv": (draw(batch, new, (group + 2) * kv_heads * width) * 16).clip(-63, 63).round() / 16,
         "cos": turns(),
         "sin": turns(),
-        "past_key": draw(batch, kv_heads, capacity, width),
-        "past_value": draw(batch, kv_heads, capacity, width),
+        "past_key": draw(batch, kv_heads, capacity, width).astype(cache_dtype),
+        "past_value": draw(batch, kv_heads, capacity, width).astype(cache_dtype),
         "seqlens_k": np.full(batch, past + new - 1, np.int32),
         "total_sequence_length": np.array([past + new], np.int32),
     }

@@ -143,8 +143,16 @@ def export(
         float, typer.Option("--tune-rate", help="Factor on the learning rates, with --tune.")
     ] = 1.0,
     dtype: Annotated[
-        str, typer.Option("--dtype", help=f"Activations and KV cache: {_choices(DTYPES)}")
+        str, typer.Option("--dtype", help=f"Activations: {_choices(DTYPES)}")
     ] = "fp32",
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache",
+            help=f"Keys and values: {_choices(DTYPES)}",
+            show_default="fp16; as --dtype with --method none",
+        ),
+    ] = None,
     fallback: Annotated[
         str,
         typer.Option(
@@ -210,6 +218,7 @@ def export(
         dtype=dtype,  # type: ignore[arg-type]
         fallback=fallback,  # type: ignore[arg-type]
         opset=opset,
+        kv_cache_dtype=kv_cache,  # type: ignore[arg-type]
     )
     from transformers.utils import logging
 

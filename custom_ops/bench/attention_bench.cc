@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -21,7 +22,7 @@ namespace {
 constexpr char kHelp[] =
     R"(usage: attention_bench [option value]...
 
-Medians of float32 GroupQueryAttention in place. Kernels and a plain read of the cache take turns,
+Medians of GroupQueryAttention with float32 activations in place. Kernels and a plain read of the cache take turns,
 each going through all layers, so that the caches of all layers compete for the CPU's.
 
   --heads H      query heads, default 9
@@ -31,6 +32,7 @@ each going through all layers, so that the caches of all layers compete for the 
   --new S        tokens of the run, default 1
   --layers L     default 30
   --threads T    default 1
+  --cache-bits B 16 or 32 (float16, float32), default 16
   --rounds R     default 15
 
 us: per layer. GFLOP/s: 4 D operations for every query and key that it sees.
@@ -38,22 +40,23 @@ us: per layer. GFLOP/s: 4 D operations for every query and key that it sees.
 
 struct Options {
   std::size_t heads = 9, kv_heads = 3, width = 64, past = 512, tokens = 1, layers = 30, threads = 1,
-              rounds = 15;
+              cache_bits = 16, rounds = 15;
 };
 
 Options Parse(int count, char** texts) {
   Options options;
   for (int i = 1; i < count; i += 2) {
     const std::string name = texts[i];
-    std::size_t* value = name == "--heads"      ? &options.heads
-                         : name == "--kv-heads" ? &options.kv_heads
-                         : name == "--width"    ? &options.width
-                         : name == "--past"     ? &options.past
-                         : name == "--new"      ? &options.tokens
-                         : name == "--layers"   ? &options.layers
-                         : name == "--threads"  ? &options.threads
-                         : name == "--rounds"   ? &options.rounds
-                                                : nullptr;
+    std::size_t* value = name == "--heads"        ? &options.heads
+                         : name == "--kv-heads"   ? &options.kv_heads
+                         : name == "--width"      ? &options.width
+                         : name == "--past"       ? &options.past
+                         : name == "--new"        ? &options.tokens
+                         : name == "--layers"     ? &options.layers
+                         : name == "--threads"    ? &options.threads
+                         : name == "--cache-bits" ? &options.cache_bits
+                         : name == "--rounds"     ? &options.rounds
+                                                  : nullptr;
     if (value == nullptr) throw std::invalid_argument("there is no option " + name);
     if (i + 1 == count) throw std::invalid_argument(name + " lacks its value");
     const long long number = std::atoll(texts[i + 1]);
@@ -64,6 +67,9 @@ Options Parse(int count, char** texts) {
   }
   if (options.heads % options.kv_heads != 0) {
     throw std::invalid_argument("--heads is no multiple of --kv-heads");
+  }
+  if (options.cache_bits != 16 && options.cache_bits != 32) {
+    throw std::invalid_argument("--cache-bits is neither 16 nor 32");
   }
   if (options.width % 2 != 0) throw std::invalid_argument("--width is odd");
   return options;
@@ -83,9 +89,22 @@ void Bench(const Options& options) {
     for (float& value : values) value = normal(random);
     return values;
   };
-  const std::size_t cache_floats = options.kv_heads * total * options.width;
-  std::vector<std::vector<float>> caches;  // key, value, key, value, ...
-  for (std::size_t i = 0; i < 2 * options.layers; ++i) caches.push_back(draw(cache_floats));
+  const ElementType cache_type =
+      options.cache_bits == 16 ? ElementType::kFloat16 : ElementType::kFloat32;
+  const std::size_t cache_elements = options.kv_heads * total * options.width;
+  std::vector<std::vector<uint8_t>> caches;  // key, value, key, value, ...
+  for (std::size_t i = 0; i < 2 * options.layers; ++i) {
+    std::vector<uint8_t>& cache = caches.emplace_back(cache_elements * ElementBytes(cache_type));
+    const std::vector<float> values = draw(cache_elements);
+    if (cache_type == ElementType::kFloat32) {
+      std::memcpy(cache.data(), values.data(), cache.size());
+      continue;
+    }
+    for (std::size_t e = 0; e < cache_elements; ++e) {
+      const uint16_t half = HalfFromFloat(values[e]);
+      std::memcpy(&cache[2 * e], &half, 2);
+    }
+  }
   const std::vector<float> states =
       draw(options.tokens * (options.heads + 2 * options.kv_heads) * options.width);
   const std::vector<float> angles(options.tokens * options.width / 2, 0.7F);
@@ -96,6 +115,7 @@ void Bench(const Options& options) {
   const auto attend = [&](const AttentionKernel& kernel) {
     for (std::size_t layer = 0; layer < options.layers; ++layer) {
       AttentionArgs args;
+      args.cache_type = cache_type;
       args.b = 1;
       args.s = options.tokens;
       args.heads = options.heads;
@@ -114,8 +134,8 @@ void Bench(const Options& options) {
   };
   volatile uint64_t sink = 0;
   const auto read = [&] {
-    for (const std::vector<float>& cache : caches) {
-      sink = sink ^ ReadAll(reinterpret_cast<const uint8_t*>(cache.data()), 4 * cache.size());
+    for (const std::vector<uint8_t>& cache : caches) {
+      sink = sink ^ ReadAll(cache.data(), cache.size());
     }
   };
 

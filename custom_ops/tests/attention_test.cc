@@ -14,6 +14,16 @@
 namespace bivlm::testing {
 namespace {
 
+// Types of the activations and of the cache.
+struct Types {
+  bool half;
+  bool half_cache;
+  const char* name;
+};
+constexpr Types kTypes[] = {{false, false, " float32"},
+                            {true, true, " float16"},
+                            {false, true, " float32 with a float16 cache"}};
+
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // A run: `past` tokens per row in caches of `past_capacity` positions, then s new ones.
@@ -206,24 +216,25 @@ void ExpectPresent(Checker* check, const Problem& p, const std::string& what,
   check->Expect(wrong == 0, what, ": ", wrong, " wrong elements of present");
 }
 
-void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, bool float16,
+void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, const Types& types,
          bool in_place, const Executor& executor, const std::vector<Value>& want) {
-  const std::string what = std::string(kernel.name) + " " + p.Text() +
-                           (float16 ? " float16" : " float32") + (in_place ? " in place" : " anew");
-  TensorMemory qkv(p.qkv, p.qkv.size(), float16);
-  TensorMemory cos(p.cos, p.cos.size(), float16);
-  TensorMemory sin(p.sin, p.sin.size(), float16);
-  TensorMemory past_key(p.past_key, p.past_key.size(), float16);
-  TensorMemory past_value(p.past_value, p.past_value.size(), float16);
+  const std::string what =
+      std::string(kernel.name) + " " + p.Text() + types.name + (in_place ? " in place" : " anew");
+  TensorMemory qkv(p.qkv, p.qkv.size(), types.half);
+  TensorMemory cos(p.cos, p.cos.size(), types.half);
+  TensorMemory sin(p.sin, p.sin.size(), types.half);
+  TensorMemory past_key(p.past_key, p.past_key.size(), types.half_cache);
+  TensorMemory past_value(p.past_value, p.past_value.size(), types.half_cache);
   const std::size_t present_size = p.b * p.kv_heads * p.capacity() * p.d;
-  TensorMemory new_key({}, present_size, float16);
-  TensorMemory new_value({}, present_size, float16);
-  TensorMemory output({}, p.query.size(), float16);
+  TensorMemory new_key({}, present_size, types.half_cache);
+  TensorMemory new_value({}, present_size, types.half_cache);
+  TensorMemory output({}, p.query.size(), types.half);
   std::vector<int32_t> last;
   for (const std::size_t past : p.past) last.push_back(static_cast<int32_t>(past + p.s) - 1);
 
   AttentionArgs args;
-  args.type = float16 ? ElementType::kFloat16 : ElementType::kFloat32;
+  args.type = types.half ? ElementType::kFloat16 : ElementType::kFloat32;
+  args.cache_type = types.half_cache ? ElementType::kFloat16 : ElementType::kFloat32;
   args.b = p.b;
   args.s = p.s;
   args.heads = p.heads;
@@ -255,7 +266,7 @@ void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, bool f
     const double got = output.Get(i);
     // float16 outputs are rounded once: half of a step of 2^-10, or of 2^-24 for small ones
     const double rounding =
-        float16 ? std::max(std::fabs(want[i].value) * 0x1p-11, 0x1p-25) * 1.001 : 0.0;
+        types.half ? std::max(std::fabs(want[i].value) * 0x1p-11, 0x1p-25) * 1.001 : 0.0;
     const double bound = want[i].bound + rounding + 1e-30;
     const bool close =
         std::isnan(want[i].value) ? std::isnan(got) : std::fabs(got - want[i].value) <= bound;
@@ -265,13 +276,15 @@ void Run(Checker* check, const Problem& p, const AttentionKernel& kernel, bool f
 }
 
 // What a kernel makes of element i of the keys.
-double RotatedKey(const Problem& p, const AttentionKernel& kernel, bool float16, std::size_t i) {
-  TensorMemory qkv(p.qkv, p.qkv.size(), float16);
-  TensorMemory cos(p.cos, p.cos.size(), float16);
-  TensorMemory sin(p.sin, p.sin.size(), float16);
-  TensorMemory key({}, p.d, float16);
+double RotatedKey(const Problem& p, const AttentionKernel& kernel, const Types& types,
+                  std::size_t i) {
+  TensorMemory qkv(p.qkv, p.qkv.size(), types.half);
+  TensorMemory cos(p.cos, p.cos.size(), types.half);
+  TensorMemory sin(p.sin, p.sin.size(), types.half);
+  TensorMemory key({}, p.d, types.half_cache);
   AttentionArgs args;
-  args.type = float16 ? ElementType::kFloat16 : ElementType::kFloat32;
+  args.type = types.half ? ElementType::kFloat16 : ElementType::kFloat32;
+  args.cache_type = types.half_cache ? ElementType::kFloat16 : ElementType::kFloat32;
   args.b = p.b;
   args.s = p.s;
   args.heads = p.heads;
@@ -288,10 +301,10 @@ void RunAll(Checker* check, const Problem& p, const Executor& executor = Executo
   const std::vector<Value> want = Reference(p);
   for (const AttentionKernel& kernel : AttentionKernels()) {
     if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
-    for (const bool float16 : {false, true}) {
+    for (const Types& types : kTypes) {
       for (const bool in_place : {false, true}) {
         if (in_place && p.capacity() != p.past_capacity) continue;
-        Run(check, p, kernel, float16, in_place, executor, want);
+        Run(check, p, kernel, types, in_place, executor, want);
       }
     }
   }
@@ -403,7 +416,7 @@ void RoundedRotations(Checker* check) {
     Derive(&p);
     for (const AttentionKernel& kernel : AttentionKernels()) {
       if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
-      for (const bool float16 : {false, true}) {
+      for (const Types& types : kTypes) {
         Problem rounded = p;
         for (std::size_t i = 0; i < p.key.size(); ++i) {
           const std::size_t token = i / d;
@@ -412,13 +425,14 @@ void RoundedRotations(Checker* check) {
           const float* states = &p.qkv[(token * 4 + 2) * d];
           const double terms = std::fabs(p.cos[token * d / 2 + f % (d / 2)] * states[f]) +
                                std::fabs(p.sin[token * d / 2 + f % (d / 2)] * states[partner]);
-          const double got = RotatedKey(p, kernel, float16, i);
-          const double bound = FLT_EPSILON * terms + (float16 ? std::fabs(p.key[i]) * 0x1p-11 : 0);
+          const double got = RotatedKey(p, kernel, types, i);
+          const double bound =
+              FLT_EPSILON * terms + (types.half_cache ? std::fabs(p.key[i]) * 0x1p-11 : 0);
           check->Expect(std::fabs(got - p.key[i]) <= bound, kernel.name, " d=", d, " key ", i,
                         ": got ", got, " want ", p.key[i]);
           rounded.key[i] = got;
         }
-        Run(check, rounded, kernel, float16, true, Executor(), Reference(rounded));
+        Run(check, rounded, kernel, types, true, Executor(), Reference(rounded));
       }
     }
   }

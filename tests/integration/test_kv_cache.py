@@ -17,6 +17,7 @@ import bivlm_edge
 from bivlm_edge.bundle import BundlePaths, read_manifest
 from bivlm_edge.config import ExportConfig, PruneConfig, QuantConfig
 from bivlm_edge.datasets import VqaItem
+from bivlm_edge.errors import RequestError
 from bivlm_edge.export.exporter import export_model
 from bivlm_edge.models import load_checkpoint
 from bivlm_edge.runtime import KvCache, load
@@ -36,6 +37,9 @@ class Graph:
         self.session = ort.InferenceSession(str(paths.graph), options)
         self.manifest = read_manifest(paths)
         self.dtype = np.float16 if self.manifest.dtype == "fp16" else np.float32
+        kinds = {value.name: value.type for value in self.session.get_inputs()}
+        is_half = kinds["past_key_values.0.key"] == "tensor(float16)"
+        self.cache_dtype = np.float16 if is_half else np.float32
 
     def prompt(self, batch: int = 1, seed: int = 0) -> Feed:
         """A picture of noise per row, then five tokens."""
@@ -49,7 +53,7 @@ class Graph:
         manifest = self.manifest
         shape = (batch, manifest.kv_heads, room, manifest.head_dim)
         names = [f"{i}.{part}" for i in range(manifest.layers) for part in ("key", "value")]
-        return {f"past_key_values.{name}": np.zeros(shape, self.dtype) for name in names}
+        return {f"past_key_values.{name}": np.zeros(shape, self.cache_dtype) for name in names}
 
     def tokens(self, step: int, batch: int) -> NDArray[np.int64]:
         return np.full((batch, 1), 30 + step)
@@ -239,6 +243,46 @@ def test_runtime_gives_the_logits_of_the_plain_graph_while_the_cache_grows(
     assert cache.capacity > len(ids)
     found = np.stack([step.logits for step in (first, *steps)])
     np.testing.assert_allclose(found, expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("float_export", np.float32), ("two_bit_export", np.float16), ("small_fp16", np.float16)],
+)
+def test_cache_is_float16_behind_quantized_weights(
+    name: str, kind: type[Any], request: pytest.FixtureRequest
+) -> None:
+    session = load(request.getfixturevalue(name).graph)
+    manifest = session.manifest
+    values = 2 * manifest.layers * manifest.kv_heads * manifest.head_dim
+    assert session.cache_dtype is kind
+    assert KvCache.bytes_per_token(session) == values * np.dtype(kind).itemsize
+    assert {tensor.data_type() for tensor in KvCache(session, 3).tensors} == {
+        "tensor(float16)" if kind is np.float16 else "tensor(float)"
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "kind", "bound"),
+    [("nbits4", "fp32", "tensor(float)", 0.15), ("none", "fp16", "tensor(float16)", 5e-2)],
+)
+def test_type_of_the_cache_can_be_asked_for(
+    method: Any, asked: Any, kind: str, bound: float, pictures: list[VqaItem], tmp_path: Path
+) -> None:
+    vlm = load_checkpoint(save_checkpoint("llava, CLIP and Llama", tmp_path / "checkpoint"))
+    config = ExportConfig(QuantConfig(method=method), kv_cache_dtype=asked)
+    result = export_model(vlm, pictures, tmp_path / "m.onnx", config)
+    kinds = {v.name: v.type for v in load(result.paths.graph).ort.get_inputs()}
+    assert kinds["past_key_values.0.value"] == kind
+    assert kinds["pixel_values"] == "tensor(float)"
+    assert [row["bound"] for row in result.report["validation"]] == [bound] * 2
+
+
+def test_cache_wider_than_the_activations_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"--kv-cache fp32 is wider than .* --dtype fp16"):
+        ExportConfig(dtype="fp16", kv_cache_dtype="fp32")
+    with pytest.raises(RequestError, match="--kv-cache"):
+        ExportConfig(kv_cache_dtype="int8")  # type: ignore[arg-type]
 
 
 def test_decoder_layers_hold_no_node_that_only_moves_data(two_bit_export: BundlePaths) -> None:

@@ -52,7 +52,7 @@ def answer_in_onnxruntime(
     """Greedy tokens by nothing but numpy and onnxruntime."""
     names = [output.name for output in session.get_outputs()]
     past = {
-        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float16)
         for value in session.get_inputs()
         if value.name.startswith("past")
     }
@@ -185,7 +185,7 @@ def test_pruned_file_keeps_a_quarter_of_the_image_tokens_both_ways(
         feeds = {**inputs, "position_ids": np.arange(inputs["input_ids"].shape[1])[None]}
         for value in sessions[0].get_inputs():
             if value.name.startswith("past"):
-                feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+                feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float16)
         kept = [session.run(["kept_indices"], feeds)[0][0] for session in sessions]
         np.testing.assert_array_equal(kept[0], kept[1])
         is_image = inputs["input_ids"][0][kept[0]] == manifest.image_token_id

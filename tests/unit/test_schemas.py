@@ -163,7 +163,9 @@ def _attention(heads: int, **changed: list[Any]) -> dict[str, tuple[int, list[An
         "past_key": ["batch", 2, "past", 8],
         "past_value": ["batch", 2, "past", 8],
     } | changed
-    inputs = {name: (int(TensorProto.FLOAT16), shape) for name, shape in shapes.items()}
+    kinds = dict.fromkeys(shapes, int(TensorProto.FLOAT))
+    kinds |= dict.fromkeys(("past_key", "past_value"), int(TensorProto.FLOAT16))
+    inputs = {name: (kinds[name], shape) for name, shape in shapes.items()}
     inputs["seqlens_k"] = (int(TensorProto.INT32), ["batch"])
     inputs["total_sequence_length"] = (int(TensorProto.INT32), [1])
     outputs = list(schemas.ATTENTION_OUTPUTS)
@@ -172,7 +174,7 @@ def _attention(heads: int, **changed: list[Any]) -> dict[str, tuple[int, list[An
 
 def test_attention_gives_the_heads_of_the_queries_and_grows_the_past() -> None:
     outputs = _attention(6)
-    assert outputs["output"] == (TensorProto.FLOAT16, ["batch", "tokens", 48])
+    assert outputs["output"] == (TensorProto.FLOAT, ["batch", "tokens", 48])
     for name in ("present_key", "present_value"):
         element, shape = outputs[name]
         assert (element, shape[0], shape[1], shape[3]) == (TensorProto.FLOAT16, "batch", 2, 8)

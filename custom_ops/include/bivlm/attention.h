@@ -19,7 +19,8 @@
 namespace bivlm {
 
 struct AttentionArgs {
-  ElementType type = ElementType::kFloat32;  // of all tensors but last_index
+  ElementType type = ElementType::kFloat32;        // of qkv, cos, sin and output
+  ElementType cache_type = ElementType::kFloat32;  // of past and present: `type`, or float16
   std::size_t b = 0;
   std::size_t s = 0;
   std::size_t heads = 0;
@@ -62,6 +63,9 @@ struct AttentionTask {
 struct AttentionFunctions {
   // Writes the key of head `kv_head` and token `token`, 0 .. b * s - 1, rotated (d).
   void (*rotate_key)(const AttentionArgs& args, std::size_t token, std::size_t kv_head, void* key);
+  // Writes the value of the same (d).
+  void (*write_value)(const AttentionArgs& args, std::size_t token, std::size_t kv_head,
+                      void* value);
   // Floats of work space for a task of `tokens` tokens: a multiple of 16.
   std::size_t (*work_floats)(const AttentionArgs& args, std::size_t tokens);
   // Writes the task's part of the output. The keys and values are those of present, new ones

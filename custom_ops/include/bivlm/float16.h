@@ -14,6 +14,10 @@ namespace bivlm {
 // What the elements of an activation tensor are.
 enum class ElementType : uint8_t { kFloat32, kFloat16 };
 
+static constexpr std::size_t ElementBytes(ElementType type) {
+  return type == ElementType::kFloat32 ? sizeof(float) : sizeof(uint16_t);
+}
+
 static inline float FloatFromBits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));

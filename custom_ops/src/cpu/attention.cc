@@ -31,16 +31,12 @@ AlignedFloats Allocate(std::size_t floats) {
       static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{kAlignment})));
 }
 
-std::size_t ElementBytes(const AttentionArgs& args) {
-  return args.type == ElementType::kFloat32 ? sizeof(float) : sizeof(uint16_t);
-}
-
 // Appends the new keys or values of one head, behind the old ones. `write(token, to)` writes those
 // of a token of the batch.
 template <typename Write>
 void Append(const AttentionArgs& args, std::size_t row, std::size_t head, const void* past,
             void* present, const Write& write) {
-  const std::size_t token_bytes = args.d * ElementBytes(args);
+  const std::size_t token_bytes = args.d * ElementBytes(args.cache_type);
   const std::size_t old_tokens = args.past(row);
   const std::size_t index = row * args.kv_heads + head;
   std::byte* target = static_cast<std::byte*>(present) + index * args.capacity * token_bytes;
@@ -86,9 +82,7 @@ void RunAttention(const AttentionKernel& kernel, const AttentionArgs& args,
            });
     Append(args, row, kv_head, args.past_value, args.present_value,
            [&](std::size_t token, std::byte* value) {
-             const std::size_t at = args.state(token, args.heads + args.kv_heads + kv_head);
-             std::memcpy(value, static_cast<const std::byte*>(args.qkv) + at * ElementBytes(args),
-                         args.d * ElementBytes(args));
+             kernel.functions->write_value(args, token, kv_head, value);
            });
   };
   const auto attend = [&](std::size_t index, float* memory) {

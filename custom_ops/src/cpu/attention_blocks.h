@@ -7,6 +7,7 @@
 //   kDotRows           queries that share one reading of a key
 //   Swap<h>(v)         lane i gets lane i ^ h, h = 1, 2, .. kLanes / 2
 //   Lanes()            0, 1, 2, ..
+//   Widen(halves)      kLanes of them as floats
 #ifndef BIVLM_CPU_ATTENTION_BLOCKS_H_
 #define BIVLM_CPU_ATTENTION_BLOCKS_H_
 
@@ -40,6 +41,7 @@ struct Attention : VectorMath<Isa> {
   using Math::Exp;
   using Math::Load;
   using Math::Store;
+  static Vec Load(const uint16_t* halves) { return Isa::Widen(halves); }
   static Vec Max(Vec a, Vec b) { return a > b ? a : b; }
 
   // Lane i: that of `with` where i has the bit h, else that of `without`.
@@ -66,9 +68,10 @@ struct Attention : VectorMath<Isa> {
     }
   }
 
-  // c (rows, vectors) += a (rows, depth) * b (depth, vectors); strides in floats.
-  template <std::size_t rows, std::size_t vectors>
-  static void Tile(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
+  // c (rows, vectors) += a (rows, depth) * b (depth, vectors); strides in elements. Elements of b,
+  // and of keys below, are floats or halves.
+  template <std::size_t rows, std::size_t vectors, typename Element>
+  static void Tile(const float* a, std::size_t a_stride, const Element* b, std::size_t b_stride,
                    std::size_t depth, float* c, std::size_t c_stride) {
     Vec sums[rows][vectors];
 #pragma GCC unroll 8
@@ -95,8 +98,8 @@ struct Attention : VectorMath<Isa> {
   }
 
   // The same with `rows` <= kTileRows and any number of columns, a multiple of kLanes.
-  template <std::size_t rows = Isa::kTileRows>
-  static void Product(std::size_t row_count, const float* a, std::size_t a_stride, const float* b,
+  template <std::size_t rows = Isa::kTileRows, typename Element>
+  static void Product(std::size_t row_count, const float* a, std::size_t a_stride, const Element* b,
                       std::size_t b_stride, std::size_t depth, float* c, std::size_t c_stride,
                       std::size_t columns) {
     if constexpr (rows > 1) {
@@ -122,15 +125,15 @@ struct Attention : VectorMath<Isa> {
   // Products of `rows` queries with `count` keys from `key` on, a power of 2. Lane i of the result
   // has the key `key` + i % count, and the lanes of one key sum to its product. Keys behind `last`
   // are `last`.
-  template <std::size_t rows, std::size_t count>
+  template <std::size_t rows, std::size_t count, typename Element>
   static inline __attribute__((always_inline)) Sums<rows> Dots(const float* query,
                                                                std::size_t padded,
-                                                               const float* keys,
+                                                               const Element* keys,
                                                                std::size_t stride, std::size_t key,
                                                                std::size_t last) {
     Sums<rows> sums;
     if constexpr (count == 1) {
-      const float* features = keys + Min(key, last) * stride;
+      const Element* features = keys + Min(key, last) * stride;
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < rows; ++r) sums.of[r] = Vec{};
 #pragma GCC unroll 1
@@ -156,29 +159,30 @@ struct Attention : VectorMath<Isa> {
   // the keys of the next one. On a Zen 5 server with other jobs beside it, attention_bench fell
   // from 38 to 26 us (avx2) and from 27 to 25 us (avx512) while a plain read took 23 us.
   struct Ahead {
-    const float* values = nullptr;
-    const float* keys = nullptr;
-    std::size_t value_floats = 0;
-    std::size_t key_floats = 0;
+    const std::byte* values = nullptr;
+    const std::byte* keys = nullptr;
+    std::size_t value_bytes = 0;
+    std::size_t key_bytes = 0;
+    std::size_t row_bytes = 0;
 
-    void Fetch(std::size_t floats) {
-      FetchPart(floats, &values, &value_floats);
-      FetchPart(floats, &keys, &key_floats);
+    void Fetch(std::size_t rows) {
+      FetchPart(rows * row_bytes, &values, &value_bytes);
+      FetchPart(rows * row_bytes, &keys, &key_bytes);
     }
-    static void FetchPart(std::size_t floats, const float** from, std::size_t* left) {
-      constexpr std::size_t kLineFloats = 16;
-      floats = Min(floats, *left);
-      for (std::size_t f = 0; f < floats; f += kLineFloats) __builtin_prefetch(*from + f);
-      *from += floats;
-      *left -= floats;
+    static void FetchPart(std::size_t bytes, const std::byte** from, std::size_t* left) {
+      constexpr std::size_t kLineBytes = 64;
+      bytes = Min(bytes, *left);
+      for (std::size_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(*from + i);
+      *from += bytes;
+      *left -= bytes;
     }
   };
 
   // scores (row_count, kBlockKeys) of `row_count` <= kDotRows queries with `count` keys. The
   // scores of keys that there are not are some number.
-  template <std::size_t rows = Isa::kDotRows>
+  template <std::size_t rows = Isa::kDotRows, typename Element>
   static void DotScores(std::size_t row_count, const float* query, std::size_t padded,
-                        const float* keys, std::size_t stride, std::size_t count, float* scores,
+                        const Element* keys, std::size_t stride, std::size_t count, float* scores,
                         Ahead ahead) {
     if constexpr (rows > 1) {
       if (row_count < rows) {
@@ -186,7 +190,7 @@ struct Attention : VectorMath<Isa> {
       }
     }
     for (std::size_t key = 0; key < count; key += kLanes) {
-      ahead.Fetch(kLanes * stride);
+      ahead.Fetch(kLanes);
       const Sums<rows> sums = Dots<rows, kLanes>(query, padded, keys, stride, key, count - 1);
       for (std::size_t r = 0; r < rows; ++r) Store(scores + r * kBlockKeys + key, sums.of[r]);
     }
@@ -208,7 +212,8 @@ struct Attention : VectorMath<Isa> {
 
   // transposed (padded, kBlockKeys) of `count` keys (count, padded); further columns repeat the
   // last key.
-  static void Transpose(const float* keys, std::size_t stride, std::size_t count,
+  template <typename Element>
+  static void Transpose(const Element* keys, std::size_t stride, std::size_t count,
                         std::size_t padded, float* transposed) {
     for (std::size_t key = 0; key < kBlockKeys; key += kLanes) {
       for (std::size_t f = 0; f < padded; f += kLanes) {
@@ -264,7 +269,7 @@ struct Attention : VectorMath<Isa> {
     std::size_t padded, query, output, largest, sums, scores, transposed, keys, values, end;
     Layout(const AttentionArgs& args, std::size_t tokens) {
       const std::size_t rows = tokens * args.group();
-      const bool copies = Copies(args);
+      const bool copies = Copies(args, rows);
       padded = Padded(args.d);
       query = 0;
       output = query + RoundUp(rows * padded);
@@ -279,15 +284,17 @@ struct Attention : VectorMath<Isa> {
     static std::size_t RoundUp(std::size_t floats) { return (floats + 15) / 16 * 16; }
   };
 
-  // Whether keys and values are copied to rows of whole vectors of floats.
-  static bool Copies(const AttentionArgs& args) {
-    return args.type != ElementType::kFloat32 || args.d % kLanes != 0;
+  // Whether keys and values are copied to rows of whole vectors of floats for a task of `rows`:
+  // halves that many rows share are widened once.
+  static bool Copies(const AttentionArgs& args, std::size_t rows) {
+    const bool shares = args.cache_type != ElementType::kFloat32 && rows > kDotTaskRows;
+    return shares || args.d % kLanes != 0;
   }
 
   // Elements [at, at + count) of a tensor as floats: where they are, or in `copy`.
-  static const float* Floats(const AttentionArgs& args, const void* tensor, std::size_t at,
+  static const float* Floats(ElementType type, const void* tensor, std::size_t at,
                              std::size_t count, float* copy) {
-    if (args.type == ElementType::kFloat32) return static_cast<const float*>(tensor) + at;
+    if (type == ElementType::kFloat32) return static_cast<const float*>(tensor) + at;
     Isa::FromHalves(static_cast<const uint16_t*>(tensor) + at, count, copy);
     return copy;
   }
@@ -300,10 +307,10 @@ struct Attention : VectorMath<Isa> {
     const std::size_t half = args.d / 2;
     for (std::size_t f = 0; f < half; f += kPart) {
       const std::size_t count = Min(kPart, half - f);
-      const float* low = Floats(args, args.qkv, at + f, count, copies[0]);
-      const float* high = Floats(args, args.qkv, at + half + f, count, copies[1]);
-      const float* cos = Floats(args, args.cos, token * half + f, count, copies[2]);
-      const float* sin = Floats(args, args.sin, token * half + f, count, copies[3]);
+      const float* low = Floats(args.type, args.qkv, at + f, count, copies[0]);
+      const float* high = Floats(args.type, args.qkv, at + half + f, count, copies[1]);
+      const float* cos = Floats(args.type, args.cos, token * half + f, count, copies[2]);
+      const float* sin = Floats(args.type, args.sin, token * half + f, count, copies[3]);
       const bool is_float = type == ElementType::kFloat32;
       float* low_out = is_float ? static_cast<float*>(rotated) + f : copies[0];
       float* high_out = is_float ? static_cast<float*>(rotated) + half + f : copies[1];
@@ -331,17 +338,27 @@ struct Attention : VectorMath<Isa> {
 
   static void RotateKey(const AttentionArgs& args, std::size_t token, std::size_t kv_head,
                         void* key) {
-    Rotate(args, token, args.state(token, args.heads + kv_head), args.type, key);
+    Rotate(args, token, args.state(token, args.heads + kv_head), args.cache_type, key);
   }
 
-  // `count` rows of d elements from element `at` of a tensor on, padded with 0, or where they are
-  // if nothing has to be done to them.
-  static const float* Rows(const AttentionArgs& args, const void* tensor, std::size_t at,
-                           std::size_t count, std::size_t padded, float* copy) {
-    if (!Copies(args)) return static_cast<const float*>(tensor) + at;
+  static void WriteValue(const AttentionArgs& args, std::size_t token, std::size_t kv_head,
+                         void* value) {
+    const std::size_t bytes = ElementBytes(args.type);
+    const std::size_t at = args.state(token, args.heads + args.kv_heads + kv_head);
+    const std::byte* from = static_cast<const std::byte*>(args.qkv) + at * bytes;
+    if (args.cache_type == args.type) {
+      std::memcpy(value, from, args.d * bytes);
+    } else {
+      Isa::ToHalves(reinterpret_cast<const float*>(from), args.d, static_cast<uint16_t*>(value));
+    }
+  }
+
+  // Copies `count` rows of d elements from element `at` of a tensor on, padded with 0.
+  static const float* CopiedRows(const AttentionArgs& args, const void* tensor, std::size_t at,
+                                 std::size_t count, std::size_t padded, float* copy) {
     for (std::size_t i = 0; i < count; ++i) {
       float* row = copy + i * padded;
-      const float* floats = Floats(args, tensor, at + i * args.d, args.d, row);
+      const float* floats = Floats(args.cache_type, tensor, at + i * args.d, args.d, row);
       if (floats != row) std::memcpy(row, floats, args.d * sizeof(float));
       for (std::size_t f = args.d; f < padded; ++f) row[f] = 0.0F;
     }
@@ -361,12 +378,29 @@ struct Attention : VectorMath<Isa> {
     return task.kv_head * args.group() + row % args.group();
   }
 
+  // What to fetch during the scores of the `count` keys from element `at` of present on; `left`
+  // tokens of the row follow from there on. Values that are copied were read with their keys.
+  static Ahead Following(const AttentionArgs& args, std::size_t at, std::size_t count,
+                         std::size_t left, bool copies) {
+    const std::size_t element = ElementBytes(args.cache_type);
+    const std::byte* keys = static_cast<const std::byte*>(args.present_key) + at * element;
+    const std::byte* values = static_cast<const std::byte*>(args.present_value) + at * element;
+    Ahead ahead;
+    ahead.row_bytes = args.d * element;
+    ahead.keys = keys + count * ahead.row_bytes;
+    ahead.key_bytes = Min(kBlockKeys, left - count) * ahead.row_bytes;
+    ahead.values = copies ? values + count * ahead.row_bytes : values;
+    ahead.value_bytes = copies ? ahead.key_bytes : count * ahead.row_bytes;
+    return ahead;
+  }
+
   static void Attend(const AttentionArgs& args, const AttentionTask& task, float* work) {
     const Layout layout(args, task.token_end - task.token_begin);
     const std::size_t group = args.group();
     const std::size_t rows = (task.token_end - task.token_begin) * group;
     const std::size_t padded = layout.padded;
     const bool transposes = rows > kDotTaskRows;
+    const bool copies = Copies(args, rows);
     const std::size_t tile_rows = transposes ? Isa::kTileRows : Isa::kDotRows;
     const std::size_t first =
         args.past(task.row) + task.token_begin;  // position of the first token
@@ -385,11 +419,8 @@ struct Attention : VectorMath<Isa> {
 
     float* scores = work + layout.scores;
     const std::size_t head_at = (task.row * args.kv_heads + task.kv_head) * args.capacity * args.d;
-    for (std::size_t block = 0; block < total; block += kBlockKeys) {
+    const auto attend_block = [&](std::size_t block, const auto* keys, const auto* values) {
       const std::size_t count = Min(kBlockKeys, total - block);
-      const std::size_t at = head_at + block * args.d;
-      const float* keys = Rows(args, args.present_key, at, count, padded, work + layout.keys);
-      const float* values = Rows(args, args.present_value, at, count, padded, work + layout.values);
       if (transposes) Transpose(keys, padded, count, padded, work + layout.transposed);
       // Queries before the block see nothing of it.
       const std::size_t skipped = block > first ? (block - first) * group : 0;
@@ -403,11 +434,8 @@ struct Attention : VectorMath<Isa> {
                   kBlockKeys, kBlockKeys);
         } else {
           Ahead ahead;
-          if (row == skipped && !Copies(args)) {
-            ahead.values = values;
-            ahead.value_floats = count * padded;
-            ahead.keys = keys + count * padded;
-            ahead.key_floats = Min(kBlockKeys, total - block - count) * padded;
+          if (row == skipped) {
+            ahead = Following(args, head_at + block * args.d, count, total - block, copies);
           }
           DotScores(n, query, padded, keys, padded, count, scores, ahead);
         }
@@ -418,6 +446,21 @@ struct Attention : VectorMath<Isa> {
                 work + layout.sums + (row + r) * kLanes, output + r * padded, padded);
         }
         Product(n, scores, kBlockKeys, values, padded, visible, output, padded, padded);
+      }
+    };
+    for (std::size_t block = 0; block < total; block += kBlockKeys) {
+      const std::size_t at = head_at + block * args.d;
+      if (copies) {
+        const std::size_t count = Min(kBlockKeys, total - block);
+        attend_block(block,
+                     CopiedRows(args, args.present_key, at, count, padded, work + layout.keys),
+                     CopiedRows(args, args.present_value, at, count, padded, work + layout.values));
+      } else if (args.cache_type == ElementType::kFloat32) {
+        attend_block(block, static_cast<const float*>(args.present_key) + at,
+                     static_cast<const float*>(args.present_value) + at);
+      } else {
+        attend_block(block, static_cast<const uint16_t*>(args.present_key) + at,
+                     static_cast<const uint16_t*>(args.present_value) + at);
       }
     }
     for (std::size_t row = 0; row < rows; ++row) {

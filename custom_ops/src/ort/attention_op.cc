@@ -63,6 +63,11 @@ void Require(const std::string& problem) {
   if (!problem.empty()) throw InvalidArgument(problem);
 }
 
+bivlm::ElementType KernelType(ElementType type) {
+  return type == ElementType::kFloat32 ? bivlm::ElementType::kFloat32
+                                       : bivlm::ElementType::kFloat16;
+}
+
 // Checks the inputs and returns their part of the arguments; `inputs` has kInputs tensors.
 AttentionArgs CheckedArgs(const Kernel& kernel, const Tensor* inputs) {
   const Dims& states = inputs[kStates].dims;
@@ -74,6 +79,7 @@ AttentionArgs CheckedArgs(const Kernel& kernel, const Tensor* inputs) {
                           " heads of queries, keys and values, and d a multiple of 2");
   }
   const ElementType type = inputs[kStates].type;
+  const ElementType cache_type = inputs[kPastKey].type;
   const int64_t b = states[0];
   const int64_t s = states[1];
   const int64_t d = states[2] / heads;
@@ -83,8 +89,8 @@ AttentionArgs CheckedArgs(const Kernel& kernel, const Tensor* inputs) {
   const int64_t p = past[2];
   Require(Mismatch("cos", inputs[kCos], type, {b, s, d / 2}));
   Require(Mismatch("sin", inputs[kSin], type, {b, s, d / 2}));
-  Require(Mismatch("past_key", inputs[kPastKey], type, {b, kernel.kv_heads, p, d}));
-  Require(Mismatch("past_value", inputs[kPastValue], type, {b, kernel.kv_heads, p, d}));
+  Require(Mismatch("past_key", inputs[kPastKey], cache_type, {b, kernel.kv_heads, p, d}));
+  Require(Mismatch("past_value", inputs[kPastValue], cache_type, {b, kernel.kv_heads, p, d}));
   Require(Mismatch("seqlens_k", inputs[kLastIndex], ElementType::kInt32, {b}));
   const Tensor& length = inputs[kTotalLength];
   int64_t count = 1;
@@ -110,8 +116,8 @@ AttentionArgs CheckedArgs(const Kernel& kernel, const Tensor* inputs) {
     }
   }
   AttentionArgs args;
-  args.type =
-      type == ElementType::kFloat32 ? bivlm::ElementType::kFloat32 : bivlm::ElementType::kFloat16;
+  args.type = KernelType(type);
+  args.cache_type = KernelType(cache_type);
   args.b = static_cast<std::size_t>(b);
   args.s = static_cast<std::size_t>(s);
   args.heads = static_cast<std::size_t>(kernel.heads);
@@ -169,18 +175,22 @@ Status* InferShape(const CustomOp* op, ShapeInferContext* context) noexcept {
 
 }  // namespace
 
-Operator MakeAttentionOp(const Api* api, ElementType type) {
+Operator MakeAttentionOp(const Api* api, ElementType type, ElementType cache_type) {
   Operator op;
   op.api = api;
   op.type = type;
+  op.cache_type = cache_type;
   op.GetName = [](const CustomOp*) { return "GroupQueryAttention"; };
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   op.GetInputType = [](const CustomOp* self, std::size_t index) {
-    return index < kLastIndex ? static_cast<const Operator*>(self)->type : ElementType::kInt32;
+    const Operator& made = *static_cast<const Operator*>(self);
+    if (index < kPastKey) return made.type;
+    return index < kLastIndex ? made.cache_type : ElementType::kInt32;
   };
   op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
-  op.GetOutputType = [](const CustomOp* self, std::size_t) {
-    return static_cast<const Operator*>(self)->type;
+  op.GetOutputType = [](const CustomOp* self, std::size_t index) {
+    const Operator& made = *static_cast<const Operator*>(self);
+    return index == 0 ? made.type : made.cache_type;
   };
   op.GetOutputTypeCount = [](const CustomOp*) { return std::size_t{3}; };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };

@@ -10,13 +10,14 @@ namespace bivlm::ort {
 // it.
 struct Operator : CustomOp {
   const Api* api = nullptr;
-  ElementType type = ElementType::kUndefined;  // of the activations; undefined: any
+  ElementType type = ElementType::kUndefined;        // of the activations; undefined: any
+  ElementType cache_type = ElementType::kUndefined;  // of a KV cache, where there is one
 };
 
 Operator MakeBinaryMatMulOp(const Api* api);
 
 // ONNX Runtime allows one input of any type per operator, these have more: one operator per type.
-Operator MakeAttentionOp(const Api* api, ElementType type);
+Operator MakeAttentionOp(const Api* api, ElementType type, ElementType cache_type);
 Operator MakeGatedSiluOp(const Api* api, ElementType type);
 Operator MakeTokenPruneOp(const Api* api, ElementType type);
 

@@ -24,14 +24,15 @@ uint32_t MinorVersion(const ApiBase* base) {
 // registration is never freed.
 struct Registration {
   const Api* api;
-  Operator ops[7];
+  Operator ops[8];
   CustomOpDomain* domain = nullptr;
 
   Registration(const Api* used, bool infers_shapes)
       : api(used),
         ops{MakeBinaryMatMulOp(used),
-            MakeAttentionOp(used, ElementType::kFloat32),
-            MakeAttentionOp(used, ElementType::kFloat16),
+            MakeAttentionOp(used, ElementType::kFloat32, ElementType::kFloat32),
+            MakeAttentionOp(used, ElementType::kFloat16, ElementType::kFloat16),
+            MakeAttentionOp(used, ElementType::kFloat32, ElementType::kFloat16),
             MakeGatedSiluOp(used, ElementType::kFloat32),
             MakeGatedSiluOp(used, ElementType::kFloat16),
             MakeTokenPruneOp(used, ElementType::kFloat32),

@@ -26,11 +26,14 @@ struct Vectors {
     return _mm256_permute2f128_ps(v, v, 0x01);
   }
 
+  static Vec Widen(const uint16_t* halves) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+  }
+
   static void FromHalves(const uint16_t* halves, std::size_t count, float* floats) {
     std::size_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-      const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
-      _mm256_storeu_ps(floats + i, _mm256_cvtph_ps(part));
+      _mm256_storeu_ps(floats + i, Widen(halves + i));
     }
     for (; i < count; ++i) floats[i] = FloatFromHalf(halves[i]);
   }

@@ -17,7 +17,7 @@ struct Isa : Vectors {
 
 }  // namespace
 
-const AttentionFunctions AttentionAvx512 = {Attention<Isa>::RotateKey, Attention<Isa>::WorkFloats,
-                                            Attention<Isa>::Attend};
+const AttentionFunctions AttentionAvx512 = {Attention<Isa>::RotateKey, Attention<Isa>::WriteValue,
+                                            Attention<Isa>::WorkFloats, Attention<Isa>::Attend};
 
 }  // namespace bivlm

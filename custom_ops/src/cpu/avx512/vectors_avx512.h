@@ -27,6 +27,10 @@ struct Vectors {
     return _mm512_shuffle_f32x4(v, v, 0x4E);
   }
 
+  static Vec Widen(const uint16_t* halves) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+  }
+
   static void FromHalves(const uint16_t* halves, std::size_t count, float* floats) {
     for (std::size_t i = 0; i < count; i += kLanes) {
       const __mmask16 mask = Mask(count - i);

@@ -13,7 +13,7 @@ struct Isa : Vectors {
 
 }  // namespace
 
-const AttentionFunctions AttentionGeneric = {Attention<Isa>::RotateKey, Attention<Isa>::WorkFloats,
-                                             Attention<Isa>::Attend};
+const AttentionFunctions AttentionGeneric = {Attention<Isa>::RotateKey, Attention<Isa>::WriteValue,
+                                             Attention<Isa>::WorkFloats, Attention<Isa>::Attend};
 
 }  // namespace bivlm

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,18 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bivlm_edge.compare.rows import (
-    RowFolder,
-    code_version,
-    file_name,
-    fingerprint,
-    library_versions,
-)
+from bivlm_edge.compare.rows import RowFolder, file_name, fingerprint
 from bivlm_edge.compare.specification import Run
 from bivlm_edge.errors import OutputError
+from bivlm_edge.provenance import code_version, library_versions, machine
 
 Tell = Callable[[str, int, int], None]
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +192,3 @@ def _converse(process: subprocess.Popen[str], job: str, tell: Tell) -> dict[str,
             tell(last["what"], last["done"], last["total"])
     process.wait()
     return last
-
-
-def machine() -> str:
-    """Return the processor's name."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -88,6 +88,22 @@ def test_fingerprint_changes_with_content_and_names(tmp_path: Path) -> None:
     assert fingerprint("org/model") == "org/model"
 
 
+def test_fingerprint_of_questions_changes_with_their_pictures(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    picture = tmp_path / "pictures" / "a.png"
+    picture.write_bytes(b"one")
+    (tmp_path / "lists").mkdir()
+    list_file = tmp_path / "lists" / "q.jsonl"
+    list_file.write_text('{"image": "../pictures/a.png", "question": "q", "answer": "a"}\n')
+    first, folder = fingerprint(str(list_file)), fingerprint(str(list_file.parent))
+    picture.write_bytes(b"two")
+    assert fingerprint(str(list_file)) != first
+    assert fingerprint(str(list_file.parent)) != folder
+    picture.unlink()
+    with pytest.raises(DataError, match=r"a\.png"):
+        fingerprint(str(list_file))
+
+
 def test_rows_file_has_a_row_per_line_with_the_required_keys(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     write_text(path, rows_text(ROWS))

@@ -77,9 +77,13 @@ class RowFolder:
         write_text(self._path(name, identity), json.dumps(content, indent=1, allow_nan=False))
 
     def _path(self, name: str, identity: Mapping[str, Any]) -> Path:
-        text = json.dumps(_plain(identity), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return self._folder / f"{file_name(name)}-{digest}.json"
+        return self._folder / f"{file_name(name)}-{identity_digest(identity)}.json"
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """Return 12 digits that stand for all that a row depends on."""
+    text = json.dumps(_plain(identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def file_name(run: str) -> str:

@@ -94,7 +94,7 @@ class WorkFolder:
         wanted = json.loads(json.dumps(dict(run or {})))
         if file.exists():
             _check_same_run(path, _read_run(file), wanted)
-        elif any(path.iterdir()):
+        elif any(not _is_half_written(found) for found in path.iterdir()):
             raise OutputError(
                 f"'{path}' holds files but no {RUN_FILE}, so it is no work folder. Give an empty "
                 "or a new folder."
@@ -150,6 +150,16 @@ class WorkFolder:
             return file.read_bytes()
         except FileNotFoundError:
             return None
+
+
+def _is_half_written(file: Path) -> bool:
+    """Whether a process that was killed left this in a folder that had no RUN_FILE yet."""
+    return file.name.startswith(f".{RUN_FILE}.")
+
+
+def has_steps(path: Path) -> bool:
+    """Whether a work folder keeps anything that an earlier run has finished."""
+    return any(path.glob(f"*{_SUFFIX}"))
 
 
 def _digest(values: bytes, arrays: Mapping[str, Array]) -> bytes:

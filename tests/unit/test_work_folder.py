@@ -293,6 +293,12 @@ def test_folders_that_are_no_work_folders_are_left_alone(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.txt", RUN_FILE]
 
 
+def test_run_file_that_was_half_written_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / f".{RUN_FILE}.x1").write_text("{")
+    WorkFolder(tmp_path, {"a": 1})
+    assert (tmp_path / RUN_FILE).is_file()
+
+
 def test_full_disk_is_said_and_leaves_no_half_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

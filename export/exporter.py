@@ -33,7 +33,7 @@ from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
 from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.quant.weights import GroupWeight
-from bivlm_edge.tuning import TuningReport, quantize_and_tune
+from bivlm_edge.tuning import TuningReport, check_tunable, quantize_and_tune
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ def export_model(
     if not items:
         raise RequestError("no calibration pictures were given; at least one is needed.")
     custom_ops_library()  # validation needs it: better missed now than after quantizing
+    check_tunable(vlm, config.quant)
     tell = progress or _tell_nobody
     started = time.perf_counter()
     quantized, tuning = _quantize(vlm, items, config.quant, tell, work_folder)
@@ -135,6 +136,7 @@ def take_part(
     work_folder: Path | None = None,
 ) -> None:
     """Share the quantization of an `export_model` that another process runs; write nothing."""
+    check_tunable(vlm, config.quant)
     if config.quant.method != "none":
         options = config.quant
         batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)

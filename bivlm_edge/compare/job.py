@@ -33,7 +33,7 @@ from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.quant.work_folder import has_steps
 from bivlm_edge.runtime.evaluate import Score
 from bivlm_edge.runtime.process_memory import memory_bytes
-from bivlm_edge.tuning import quantize_and_tune
+from bivlm_edge.tuning import check_tunable, quantize_and_tune
 
 EASY_VQA = "easy-vqa"
 FLOAT_BITS = 32.0
@@ -81,6 +81,7 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     tell("loading", 0, 1)
     model = load_model(job.model)
+    check_tunable(model, config)
     evaluate: Callable[[], dict[str, Any]]
     if isinstance(model, VisionLanguageModel):
         items = questions(job)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,7 +34,7 @@ from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.quant.work_folder import has_steps
 from bivlm_edge.runtime.evaluate import Score
 from bivlm_edge.runtime.process_memory import memory_bytes
-from bivlm_edge.tuning import check_tunable, quantize_and_tune
+from bivlm_edge.tuning import check_tunable, drawn_batches, quantize_and_tune
 
 EASY_VQA = "easy-vqa"
 FLOAT_BITS = 32.0
@@ -97,10 +98,7 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
         def evaluate() -> dict[str, Any]:
             return _read(language_model, windows, tell)
 
-    batches = _calibration(model, job, config, config.calibration_samples)
-    tuning = None
-    if config.tune != "none" and config.tune_samples is not None:
-        tuning = _calibration(model, job, config, config.tune_samples)
+    batches, tuning = drawn_batches(config, partial(_calibration, model, job, config.seed))
     work_folder = None if job.work_folder is None else Path(job.work_folder)
     is_resumed = work_folder is not None and has_steps(work_folder)
     started = time.perf_counter()
@@ -131,15 +129,13 @@ def questions(job: Job) -> list[VqaItem]:
 
 
 def _calibration(
-    model: VisionLanguageModel | LanguageModel, job: Job, config: QuantConfig, samples: int
+    model: VisionLanguageModel | LanguageModel, job: Job, seed: int, samples: int
 ) -> Sequence[dict[str, Tensor]]:
-    if config.method == "none":
-        return []
     if isinstance(model, LanguageModel):
-        return calibration_batches(model, samples, config.seed, source=job.calibration)
+        return calibration_batches(model, samples, seed, source=job.calibration)
     own = job.calibration
     items = load_easy_vqa("train") if own is None else items_from_folder(Path(own))
-    return make_batches(model.prepare, items, samples, config.seed)
+    return make_batches(model.prepare, items, samples, seed)
 
 
 def _bits(quantized: QuantizedModel) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,23 @@ def quantize_and_tune(
     quantized = quantize_model(vlm, batches, config, progress, work_folder)
     tell = progress or (lambda *_: None)
     return quantized, tune_model(vlm, quantized, teacher, used, config, tell)
+
+
+def drawn_batches(
+    config: QuantConfig, draw: Callable[[int], Sequence[Batch]]
+) -> tuple[Sequence[Batch], Sequence[Batch] | None]:
+    """Calibration inputs and tuning inputs, as `quantize_and_tune` takes them.
+
+    Args:
+        config: Says how many samples; none are drawn for method `none`.
+        draw: Makes batches of so many samples.
+    """
+    if config.method == "none":
+        return [], None
+    batches = draw(config.calibration_samples)
+    if config.tune == "none" or config.tune_samples is None:
+        return batches, None
+    return batches, draw(config.tune_samples)
 
 
 def check_tunable(vlm: QuantizableModel, config: QuantConfig) -> None:

@@ -27,7 +27,7 @@ from bivlm_edge.quant.packed import (
 from bivlm_edge.quant.quantizer import QuantizedModel
 from bivlm_edge.tuning.objective import Teacher, mean_divergence
 from bivlm_edge.tuning.planes import PlaneWeight
-from bivlm_edge.tuning.tune import quantize_and_tune, split_batches, tune_model
+from bivlm_edge.tuning.tune import drawn_batches, quantize_and_tune, split_batches, tune_model
 
 VOCABULARY, TOKENS = 48, 20
 
@@ -324,6 +324,21 @@ def test_model_that_cannot_be_tuned_is_refused_before_it_is_quantized() -> None:
         quantize_and_tune(model, make_batches(2), QuantConfig(tune="blocks"))
     for name, value in model.module.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_tuning_draws_samples_of_its_own_where_it_asks_for_them() -> None:
+    def draw(samples: int) -> list[dict[str, Tensor]]:
+        return [{"x": torch.zeros(samples)}]
+
+    def drawn(**options: Any) -> list[int | None]:
+        config = QuantConfig(calibration_samples=5, **options)
+        found = drawn_batches(config, draw)
+        return [len(part[0]["x"]) if part else None for part in found]
+
+    assert drawn(tune="blocks", tune_samples=7) == [5, 7]
+    assert drawn(tune="blocks") == [5, None]
+    assert drawn() == [5, None]
+    assert drawn(method="none") == [None, None]
 
 
 def test_only_predicted_labels_count() -> None:

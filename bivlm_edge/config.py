@@ -26,6 +26,16 @@ PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 OPSETS = (21, 22, 23)
+DEFAULT_BITS = 2.0
+
+
+_READ_BY_TUNINGS: dict[str, tuple[str, ...]] = {
+    "tune_signs": ("blocks", "end-to-end", "both"),
+    "tune_epochs": ("blocks", "both"),
+    "tune_steps": ("end-to-end", "both"),
+    "tune_samples": ("blocks", "end-to-end", "both"),
+    "tune_rate": ("blocks", "end-to-end", "both"),
+}
 
 
 def _require_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
@@ -46,6 +56,28 @@ def _check_bits(bits: float, method: str) -> None:
         raise RequestError(
             f"--bits {bits:g} does not go with --method {method}, which stores whole codes of "
             f"{_listed(declared.bits)} bits. Choose one of these, or --method bivlm-edge."
+        )
+
+
+def takes_bits(method: str) -> bool:
+    """Whether a method's bits can be chosen."""
+    if method == "none":
+        return False
+    declared = methods.declaration(method)
+    return bool(declared.bits or declared.bit_range)
+
+
+def check_bits_are_read(method: str, bits: float | None) -> None:
+    """Refuse bits given to a method that has its own; None: not given.
+
+    Raises:
+        RequestError: They would be ignored, or the method is not known.
+    """
+    _require_choice("--method", method, METHODS)
+    if bits is not None and not takes_bits(method):
+        raise RequestError(
+            f"--bits {bits:g} does not go with --method {method}, which has bits of its own. "
+            "Leave it out, or choose --method bivlm-edge."
         )
 
 
@@ -96,7 +128,7 @@ class QuantConfig:
     """
 
     method: str = "bivlm-edge"
-    bits: float = 2.0
+    bits: float = DEFAULT_BITS
     seed: int = 0
     calibration_samples: int = 512
     grid: Grid = "minmax"
@@ -118,7 +150,6 @@ class QuantConfig:
             _check_bits(self.bits, self.method)
         self._check_importance()
         self._check_without()
-        self._check_tuning()
         if self.calibration_samples < 1:
             raise RequestError(
                 f"calibration needs at least one sample, got {self.calibration_samples}."
@@ -180,13 +211,6 @@ class QuantConfig:
 
     def _check_tuning(self) -> None:
         _require_choice("--tune", self.tune, TUNINGS)
-        if self.tune != "none" and self.method != "bivlm-edge":
-            raise RequestError(
-                f"--tune {self.tune} trains the coefficients of bit planes, which --method "
-                f"{self.method} does not make. Use --method bivlm-edge, or --tune none."
-            )
-        if self.tune == "none" and self.tune_signs:
-            raise RequestError("--tune-signs needs --tune blocks, end-to-end or both.")
         for option, value in (
             ("--tune-epochs", self.tune_epochs),
             ("--tune-steps", self.tune_steps),
@@ -200,6 +224,16 @@ class QuantConfig:
             raise RequestError(
                 f"--tune-rate {self.tune_rate:g} is not a positive factor; 1 is the usual rate."
             )
+        self._check_owner("tune", self.tune, "none")
+        for field, tunings in _READ_BY_TUNINGS.items():
+            value = getattr(self, field)
+            if value != QuantConfig.__dataclass_fields__[field].default and (
+                self.tune not in tunings
+            ):
+                raise RequestError(
+                    f"--{field.replace('_', '-')} has no effect with --tune {self.tune}. Leave it "
+                    f"out, or choose --tune {' or '.join(tunings)}."
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,9 @@ def build_report(
 ) -> dict[str, Any]:
     """Return the content of export_report.json.
 
+    With importance `vlmq` the layers it weighs have `token_weights`, the mean weights of text and
+    image tokens; layers that an earlier run left in the work folder have none.
+
     Args:
         vlm: The model.
         quantized: Its quantized layers.
@@ -80,6 +83,12 @@ def build_report(
                 "claimed_bits": round(layer.claimed_bits, 4),
                 "output_error": _rounded(layer.output_error),
             }
+            if size.name in quantized.modalities:
+                found = quantized.modalities[size.name]
+                entry["token_weights"] = {
+                    "text": _rounded(found.text),
+                    "vision": _rounded(found.vision),
+                }
             if size.op == "MatMul":  # DenseWeight: exported as float, for checking only
                 entry["true_bits"] = round(layer.true_bits, 4)
                 entry["op"] = "MatMul (dense stand-in)"

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
 from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.quant.weights import GroupWeight
-from bivlm_edge.tuning import TuningReport, quantize_and_tune
+from bivlm_edge.tuning import TuningReport, check_tunable, drawn_batches, quantize_and_tune
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def export_model(
     if not items:
         raise RequestError("no calibration pictures were given; at least one is needed.")
     custom_ops_library()  # validation needs it: better missed now than after quantizing
+    check_tunable(vlm, config.quant)
     tell = progress or _tell_nobody
     started = time.perf_counter()
     quantized, tuning = _quantize(vlm, items, config.quant, tell, work_folder)
@@ -135,7 +137,8 @@ def take_part(
     work_folder: Path | None = None,
 ) -> None:
     """Share the quantization of an `export_model` that another process runs; write nothing."""
-    if config.quant.method != "none":
+    check_tunable(vlm, config.quant)
+    if config.quant.method != "none":  # the first process tunes alone
         options = config.quant
         batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
         quantize_model(vlm, batches, options, None, work_folder)
@@ -219,12 +222,8 @@ def _quantize(
     tell: Progress,
     work_folder: Path | None,
 ) -> tuple[QuantizedModel, TuningReport | None]:
-    if options.method == "none":
-        return quantize_model(vlm, [], options), None
-    batches = make_batches(vlm.prepare, items, options.calibration_samples, options.seed)
-    tuning = None
-    if options.tune != "none" and options.tune_samples is not None:
-        tuning = make_batches(vlm.prepare, items, options.tune_samples, options.seed)
+    draw = partial(make_batches, vlm.prepare, items, seed=options.seed)
+    batches, tuning = drawn_batches(options, draw)
     return quantize_and_tune(vlm, batches, options, tell, work_folder, tuning)
 
 

@@ -25,6 +25,7 @@ EASY_VQA = "easy-vqa"
 SMOLLM2 = "smollm2-135m"
 REFERENCE_NAME = "reference model"
 QUESTION_SAMPLES, TEXT_SAMPLES = 512, 128
+TEXT_WINDOWS = 128
 DEFAULT_BUDGET = 2.0
 EXIT_TERMINATED = 143
 _PAGE, _PICTURE, _ROWS = "comparison.md", "comparison.png", "comparison.json"
@@ -76,7 +77,9 @@ def compare(
     ablate: Annotated[
         bool,
         typer.Option(
-            "--ablate", help="Also run bivlm-edge with each of its stages switched off in turn."
+            "--ablate",
+            help="Also run bivlm-edge with each of its stages switched off in turn, and fine-tuned "
+            "by 50 steps end to end, without and with the signs.",
         ),
     ] = False,
     calibration: Annotated[
@@ -100,7 +103,7 @@ def compare(
         typer.Option(
             "--limit",
             help="Evaluate on the first questions, or on so many windows spread over the text.",
-            show_default="all questions, 128 windows",
+            show_default=f"all questions, {TEXT_WINDOWS} windows",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
@@ -129,8 +132,9 @@ def compare(
 ) -> None:
     """Quantize a model by several methods and compare accuracy, perplexity, true bits and cost.
 
-    Every run is a fresh process; its row is kept in the output folder. An interrupted command
-    started again runs what is missing. The float model is always in the table.
+    Every run is a fresh process; its row is kept in the output folder, and its finished layers
+    until then. An interrupted command started again goes on behind the last finished layer. The
+    float model is always in the table.
 
     Examples:
       bivlm-compare --method bivlm-edge --method bivlm-paper --budget 2 --budget 1.25
@@ -146,9 +150,14 @@ def compare(
         rows = read_rows(rows_from)
         _write(rows, _folder(output), json_file, with_picture=not no_plot)
         return
-    _check_numbers(limit, threads)
+    _check_alone()
+    _check_numbers(limit, threads, calibration_samples)
     reads_text = _reads_text(model)
-    samples = calibration_samples or (TEXT_SAMPLES if reads_text else QUESTION_SAMPLES)
+    if limit is None and reads_text:
+        limit = TEXT_WINDOWS
+    samples = calibration_samples
+    if samples is None:
+        samples = TEXT_SAMPLES if reads_text else QUESTION_SAMPLES
     runs = plan(
         method or [],
         budget or [DEFAULT_BUDGET],
@@ -170,8 +179,18 @@ def compare(
     _complain(failures, runs)
 
 
-def _check_numbers(limit: int | None, threads: int | None) -> None:
-    for option, value in (("--limit", limit), ("--threads", threads)):
+def _check_alone() -> None:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise RequestError(
+            f"bivlm-compare was started as one of {processes} processes (WORLD_SIZE), and each "
+            "would run every method. Start it without torchrun: its runs use --threads."
+        )
+
+
+def _check_numbers(limit: int | None, threads: int | None, samples: int | None) -> None:
+    options = (("--limit", limit), ("--threads", threads), ("--calibration-samples", samples))
+    for option, value in options:
         if value is not None and value < 1:
             raise RequestError(f"{option} {value} is less than 1. Give 1 or more.")
 

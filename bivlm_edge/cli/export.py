@@ -21,6 +21,7 @@ from bivlm_edge.cli.common import (
     split_names,
 )
 from bivlm_edge.config import (
+    DEFAULT_BITS,
     DTYPES,
     FALLBACKS,
     GRIDS,
@@ -31,6 +32,7 @@ from bivlm_edge.config import (
     ExportConfig,
     PruneConfig,
     QuantConfig,
+    check_bits_are_read,
 )
 from bivlm_edge.quant import methods
 from bivlm_edge.report import export_tables
@@ -58,13 +60,14 @@ def export(
     ] = None,
     method: Annotated[str, typer.Option("--method", help=_choices(METHODS))] = "bivlm-edge",
     bits: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--bits",
             help="True bits per weight, all scales and padding counted; gptq and rtn: bits of a "
             "code (2, 4 or 8).",
+            show_default=f"{DEFAULT_BITS:g}; other methods have their own",
         ),
-    ] = 2.0,
+    ] = None,
     grid: Annotated[
         str,
         typer.Option("--grid", help=f"gptq: levels per group or per row: {_choices(GRIDS)}"),
@@ -170,13 +173,13 @@ def export(
         ),
     ] = None,
     stream: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--stream",
+            "--stream/--no-stream",
             help="Leave the float weights of blocks on disk until they are used.",
             show_default="if they exceed half of the available memory",
         ),
-    ] = False,
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing export.")
     ] = False,
@@ -196,10 +199,11 @@ def export(
       bivlm-export float.onnx --method none
     """
     # Options are checked before torch loads: a wrong one answers at once.
+    check_bits_are_read(method, bits)
     config = ExportConfig(
         quant=QuantConfig(
             method=method,
-            bits=bits,
+            bits=DEFAULT_BITS if bits is None else bits,
             seed=seed,
             calibration_samples=calibration_samples,
             grid=grid,  # type: ignore[arg-type]  # checked by QuantConfig
@@ -243,7 +247,7 @@ def export(
                 )
         with progress_by_name() if team.rank == 0 else nullcontext() as tell:
             items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
-            vlm = load_checkpoint(model or checkpoint_path(), stream=stream or None)
+            vlm = load_checkpoint(model or checkpoint_path(), stream=stream)
             if team.rank:
                 take_part(vlm, items, config, work_folder)
                 return

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,9 +31,10 @@ from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.language_model import LanguageModel, load_model
 from bivlm_edge.quant.quantizer import QuantizedModel
 from bivlm_edge.quant.vocabulary import round_vocabulary
+from bivlm_edge.quant.work_folder import has_steps
 from bivlm_edge.runtime.evaluate import Score
 from bivlm_edge.runtime.process_memory import memory_bytes
-from bivlm_edge.tuning import quantize_and_tune
+from bivlm_edge.tuning import check_tunable, drawn_batches, quantize_and_tune
 
 EASY_VQA = "easy-vqa"
 FLOAT_BITS = 32.0
@@ -49,10 +51,11 @@ class Job:
     Attributes:
         model: A folder, a hub id or "smollm2-135m".
         data: "easy-vqa", a .jsonl file of questions, or a text (see `texts.load_text`).
-        limit: Questions or windows at most; None: all questions, 128 windows.
+        limit: Questions or windows at most; None: all.
         calibration: Pictures or texts of one's own, or None.
         config: Fields of QuantConfig.
         threads: Of torch.
+        work_folder: Where finished layers are kept, so that a killed job can go on; None: nowhere.
     """
 
     model: str
@@ -61,6 +64,7 @@ class Job:
     calibration: str | None
     config: dict[str, Any]
     threads: int
+    work_folder: str | None = None
 
 
 def execute(job: Job, tell: Tell) -> dict[str, Any]:
@@ -68,8 +72,9 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
 
     Keys: `claimed_bits`, `true_bits`, `accuracy`, `open_ended_accuracy`, `perplexity`,
     `is_finite` (whether the perplexity is), `tuning` (the report of fine-tuning, or None),
-    `seconds` (calibration, quantization and fine-tuning), `evaluation_seconds`, `peak_mb` (VmHWM
-    of this process, 10^6 bytes), `quantization_peak_mb` (before the evaluation), and for questions
+    `seconds` (quantization and fine-tuning), `resumed` (whether they are those of the last start
+    alone, which went on where another one was killed), `evaluation_seconds`, `peak_mb` (VmHWM of
+    this process, 10^6 bytes), `quantization_peak_mb` (before the evaluation), and for questions
     `questions`, `interval`, `open_ended_interval`, `per_kind`, for texts `windows`.
     """
     torch.set_num_threads(job.threads)
@@ -77,6 +82,7 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     tell("loading", 0, 1)
     model = load_model(job.model)
+    check_tunable(model, config)
     evaluate: Callable[[], dict[str, Any]]
     if isinstance(model, VisionLanguageModel):
         items = questions(job)
@@ -86,20 +92,17 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
             return _answered(vlm, items, tell)
 
     else:
-        windows = evaluation_windows(
-            model, job.data, **({} if job.limit is None else {"limit": job.limit})
-        )
+        windows = evaluation_windows(model, job.data, job.limit)
         language_model = model
 
         def evaluate() -> dict[str, Any]:
             return _read(language_model, windows, tell)
 
-    batches = _calibration(model, job, config, config.calibration_samples)
-    tuning = None
-    if config.tune != "none" and config.tune_samples is not None:
-        tuning = _calibration(model, job, config, config.tune_samples)
+    batches, tuning = drawn_batches(config, partial(_calibration, model, job, config.seed))
+    work_folder = None if job.work_folder is None else Path(job.work_folder)
+    is_resumed = work_folder is not None and has_steps(work_folder)
     started = time.perf_counter()
-    quantized, tuned = quantize_and_tune(model, batches, config, tell, tuning_batches=tuning)
+    quantized, tuned = quantize_and_tune(model, batches, config, tell, work_folder, tuning)
     if quantized.weights:
         round_vocabulary(model.module)  # as an export does
     seconds = time.perf_counter() - started
@@ -112,6 +115,7 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
         **found,
         "tuning": None if tuned is None else tuned.to_json(),
         "seconds": round(seconds, 2),
+        "resumed": is_resumed,
         "evaluation_seconds": round(time.perf_counter() - started, 2),
         "peak_mb": _peak_mb(),
         "quantization_peak_mb": quantization_peak,
@@ -125,20 +129,22 @@ def questions(job: Job) -> list[VqaItem]:
 
 
 def _calibration(
-    model: VisionLanguageModel | LanguageModel, job: Job, config: QuantConfig, samples: int
+    model: VisionLanguageModel | LanguageModel, job: Job, seed: int, samples: int
 ) -> Sequence[dict[str, Tensor]]:
-    if config.method == "none":
-        return []
     if isinstance(model, LanguageModel):
-        return calibration_batches(model, samples, config.seed, source=job.calibration)
+        return calibration_batches(model, samples, seed, source=job.calibration)
     own = job.calibration
     items = load_easy_vqa("train") if own is None else items_from_folder(Path(own))
-    return make_batches(model.prepare, items, samples, config.seed)
+    return make_batches(model.prepare, items, samples, seed)
 
 
 def _bits(quantized: QuantizedModel) -> dict[str, float]:
+    """True bits of the model, and those that its method claims: the same where it claims none."""
     if not quantized.weights:
         return {"claimed_bits": FLOAT_BITS, "true_bits": FLOAT_BITS}
+    if all(report.claimed_bits == report.true_bits for report in quantized.reports):
+        # not their mean: layers with the same input share what each report counts
+        return {"claimed_bits": quantized.true_bits, "true_bits": quantized.true_bits}
     weights = sum(report.n * report.k for report in quantized.reports)
     claimed = sum(report.claimed_bits * report.n * report.k for report in quantized.reports)
     return {"claimed_bits": claimed / weights, "true_bits": quantized.true_bits}

@@ -7,17 +7,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bivlm_edge.datasets import load_jsonl
 from bivlm_edge.errors import DataError, OutputError
 
-# Measured by other means, or not at all: their code does not change a row.
-_OTHER_CODE = ("cli", "synthetic", "export", "report.py", "compare")
-_COMPARE_CODE = ("job.py", "evaluation.py")
-_LIBRARIES = ("torch", "transformers", "numpy", "scipy")
 REQUIRED = frozenset(
     {
         "method",
@@ -82,9 +77,13 @@ class RowFolder:
         write_text(self._path(name, identity), json.dumps(content, indent=1, allow_nan=False))
 
     def _path(self, name: str, identity: Mapping[str, Any]) -> Path:
-        text = json.dumps(_plain(identity), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return self._folder / f"{file_name(name)}-{digest}.json"
+        return self._folder / f"{file_name(name)}-{identity_digest(identity)}.json"
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """Return 12 digits that stand for all that a row depends on."""
+    text = json.dumps(_plain(identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def file_name(run: str) -> str:
@@ -137,43 +136,35 @@ def write_text(path: Path, text: str) -> None:
 
 
 def fingerprint(source: str) -> str:
-    """Tell whether a model or data set is the same: SHA-256 of its files; else its name."""
+    """Tell whether a model or data set is the same: SHA-256 of its files; else its name.
+
+    Pictures that a .jsonl file names belong to it, wherever they lie.
+
+    Raises:
+        DataError: A .jsonl file or one of its pictures cannot be read.
+    """
     path = Path(source)
     if not path.exists():
         return source
     digest = hashlib.sha256()
     for file in _files(path):
-        digest.update(f"{file.relative_to(path.parent)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        name = os.path.relpath(file, path.parent)
+        try:
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256")
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}.") from error
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode() + content.digest())
     return digest.hexdigest()
 
 
 def _files(path: Path) -> Iterator[Path]:
-    yield from [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-
-
-@cache
-def code_version() -> str:
-    """Tell whether the code that measures is the same: SHA-256 of its files."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package).parts
-        if parts[0] not in _OTHER_CODE or (parts[0] == "compare" and path.name in _COMPARE_CODE):
-            digest.update("/".join(parts).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that compute the numbers."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    own = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    yield from own
+    named = {
+        item.image.path for file in own if file.suffix == ".jsonl" for item in load_jsonl(file)
+    }
+    yield from sorted(named - set(own))
 
 
 def _plain(value: Any) -> Any:

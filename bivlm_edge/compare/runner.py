@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,18 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bivlm_edge.compare.rows import (
-    RowFolder,
-    code_version,
-    file_name,
-    fingerprint,
-    library_versions,
-)
+from bivlm_edge.compare.rows import RowFolder, file_name, fingerprint, identity_digest
 from bivlm_edge.compare.specification import Run
 from bivlm_edge.errors import OutputError
+from bivlm_edge.provenance import code_version, library_versions, machine
 
 Tell = Callable[[str, int, int], None]
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +91,8 @@ def run_all(
         runs: What to run, in order.
         setting: Model, data and so on.
         model_name: In tables.
-        folder: Finished rows are kept under rows/, what a run printed under logs/.
+        folder: Finished rows are kept under rows/, what a run printed under logs/, layers of runs
+            that have not finished under work/.
         tell: Called with (what runs, steps done, steps in all).
 
     Raises:
@@ -120,13 +115,15 @@ def run_all(
     for number, (run, identity, row) in enumerate(zip(runs, identities, known, strict=True)):
         if row is None:
             mark = f"{number + 1}/{len(runs)} {run.name}"
+            work = folder / "work" / identity_digest(identity)
             try:
-                measured = _measure(run, setting, logs, _marked(tell, mark))
+                measured = _measure(run, setting, logs, work, _marked(tell, mark))
             except _RunFailed as error:
                 failures.append(Failure(run.name, str(error), error.exit_code))
                 continue
             row = _row(run, measured, setting.facts(model_name))
             finished.save(run.name, identity, row)
+            shutil.rmtree(work, ignore_errors=True)
         rows.append(row)
     return rows, failures
 
@@ -149,7 +146,7 @@ def _marked(tell: Tell, mark: str) -> Tell:
     return lambda what, done, total: tell(f"{mark}: {what}", done, total)
 
 
-def _measure(run: Run, setting: Setting, logs: Path, tell: Tell) -> dict[str, Any]:
+def _measure(run: Run, setting: Setting, logs: Path, work: Path, tell: Tell) -> dict[str, Any]:
     """What one fresh process measured."""
     job = {
         "model": setting.model,
@@ -158,6 +155,7 @@ def _measure(run: Run, setting: Setting, logs: Path, tell: Tell) -> dict[str, An
         "calibration": setting.calibration,
         "config": asdict(run.config),
         "threads": setting.threads,
+        "work_folder": str(work),
     }
     log = logs / f"{file_name(run.name)}.log"
     command = [sys.executable, "-P", "-m", "bivlm_edge.compare.job"]
@@ -199,13 +197,3 @@ def _converse(process: subprocess.Popen[str], job: str, tell: Tell) -> dict[str,
             tell(last["what"], last["done"], last["total"])
     process.wait()
     return last
-
-
-def machine() -> str:
-    """Return the processor's name."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

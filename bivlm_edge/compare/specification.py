@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from bivlm_edge.config import METHODS, STAGES, QuantConfig
+from bivlm_edge.config import METHODS, STAGES, QuantConfig, takes_bits
 from bivlm_edge.errors import RequestError
-from bivlm_edge.quant import methods
 
 FLOAT = "none"
 ABLATED = "bivlm-edge"
 _WITHOUT = "without"
+# fine-tuning is no stage of the method: it is switched on, for long enough to show its effect
+TUNED = ("tune=end-to-end,tune_steps=50", "tune=end-to-end,tune_signs=true,tune_steps=50")
 _IN_SPECIFICATION = "METHOD[@BITS][,OPTION=VALUE...]"
-_COLLECTIONS = (frozenset, set, tuple, list, collections.abc.Collection, collections.abc.Sequence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def parse_run(text: str, defaults: Mapping[str, Any] | None = None) -> Run:
     given = dict(_assignment(text, assignment) for assignment in assignments)
     if at:
         values["bits"] = _converted(text, "bits", float, bits)
-        if not takes_budget(method):
+        if not takes_bits(method):
             raise RequestError(
                 f"run {text!r}: {method} has bits of its own and takes no budget. Write {method!r}."
             )
@@ -70,17 +70,9 @@ def parse_run(text: str, defaults: Mapping[str, Any] | None = None) -> Run:
         config = QuantConfig(**{**values, **given})
     except RequestError as error:
         raise RequestError(f"run {text!r}: {error}") from error
-    budget = float(config.bits) if takes_budget(method) else None
+    budget = float(config.bits) if takes_bits(method) else None
     name = method if budget is None else f"{method}@{budget:g}"
     return Run(",".join([name, *assignments]), config, budget)
-
-
-def takes_budget(method: str) -> bool:
-    """Whether a method's bits can be chosen."""
-    if method == FLOAT:
-        return False
-    declared = methods.declaration(method)
-    return bool(declared.bits or declared.bit_range)
 
 
 def plan(
@@ -97,8 +89,8 @@ def plan(
         names: Methods; one with bits of its own runs once.
         budgets: Bits for all others.
         specifications: Further runs, see `parse_run`.
-        ablate: Whether bivlm-edge runs with each of its stages switched off in turn, at every
-            budget.
+        ablate: Whether bivlm-edge runs with each of its stages switched off in turn, and with each
+            of TUNED, at every budget.
         defaults: Fields of QuantConfig for all runs.
 
     Raises:
@@ -106,7 +98,7 @@ def plan(
     """
     texts = [FLOAT]
     for name in names:
-        if name in METHODS and not takes_budget(name):
+        if name in METHODS and not takes_bits(name):
             texts.append(name)
         else:
             texts += [f"{name}@{budget:g}" for budget in budgets]
@@ -115,6 +107,7 @@ def plan(
         for budget in budgets:
             texts.append(f"{ABLATED}@{budget:g}")
             texts += [f"{ABLATED}@{budget:g},{_WITHOUT}={stage}" for stage in STAGES]
+            texts += [f"{ABLATED}@{budget:g},{options}" for options in TUNED]
     runs: dict[QuantConfig, Run] = {}
     for text in texts:
         asked = parse_run(text, defaults)
@@ -149,15 +142,13 @@ def _converted(text: str, field: str, hint: Any, value: str) -> Any:
         origin = get_origin(hint)
     if origin is Literal or hint is str:
         return value
-    if (origin or hint) in _COLLECTIONS:
-        return frozenset(value.split("+")) if origin is frozenset else tuple(value.split("+"))
+    if origin is collections.abc.Collection:
+        return tuple(value.split("+"))
     if hint is bool:
         if value in ("true", "false"):
             return value == "true"
         raise RequestError(f"run {text!r}: {field}={value} is neither true nor false.")
     try:
-        if hint in (int, float):
-            return hint(value)
+        return hint(value)
     except ValueError:
         raise RequestError(f"run {text!r}: {field}={value} is not a number.") from None
-    raise RequestError(f"run {text!r}: {field} cannot be given in a run.")

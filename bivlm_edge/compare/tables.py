@@ -8,6 +8,10 @@ from typing import Any
 from bivlm_edge.compare.specification import FLOAT
 
 Row = Mapping[str, Any]
+_RESUMED = (
+    " A run marked > was interrupted and went on where it had been: seconds and memory are those "
+    "of its last start."
+)
 
 
 def markdown(rows: Sequence[Row], picture: str | None = None) -> str:
@@ -56,7 +60,7 @@ def columns_of(
         columns.append(("x float", lambda row: _times(row, base)))
     return [
         *columns,
-        ("seconds", lambda row: f"{row['seconds']:,.0f}"),
+        ("seconds", _seconds),
         ("peak MB", lambda row: "-" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}"),
     ]
 
@@ -93,8 +97,12 @@ def _explanation(rows: Sequence[Row]) -> str:
         f"them, as in an export, and counted in neither. Perplexity is that of {perplexity}. "
         "Seconds are calibration, quantization and fine-tuning, without loading and evaluating; "
         "peak MB (10^6 bytes) is the highest resident memory of the run's process, evaluation "
-        "included."
+        "included." + (_RESUMED if any(row.get("resumed") for row in rows) else "")
     )
+
+
+def _seconds(row: Row) -> str:
+    return f"{'> ' if row.get('resumed') else ''}{row['seconds']:,.0f}"
 
 
 def _percent(value: float | None) -> str:

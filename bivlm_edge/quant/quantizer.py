@@ -260,7 +260,8 @@ def _open_work_folder(
         (name, streamed.read(name) if streamed and tensor.is_meta else tensor)
         for name, tensor in module.state_dict().items()
     )
-    run = {} if team.rank else describe_run(tensors, batches, config, team)
+    model_config = getattr(module, "config", None)
+    run = {} if team.rank else describe_run(tensors, batches, config, team, model_config)
     return WorkFolder(path, run, team)
 
 

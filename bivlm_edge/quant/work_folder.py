@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from bivlm_edge.calibration.moments import ALONE
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.distributed import Team
 from bivlm_edge.errors import OutputError, RequestError
+from bivlm_edge.provenance import code_version, library_versions
 from bivlm_edge.quant.packed import FORMAT, BinaryWeight
 from bivlm_edge.quant.weights import DenseWeight, GroupWeight, QuantizedWeight
 
@@ -38,11 +39,22 @@ LAYOUT = 1  # of the files in the folder
 _VALUES, _CHECKSUM = "__values__", "__checksum__"
 _CHECKSUM_LENGTH = 64  # a hexadecimal checksum tells a reader nothing
 _SUFFIX = ".safetensors"
+# Fields of QuantConfig that say what is done to the finished model.
+_TUNING_FIELDS = frozenset(
+    {"tune", "tune_signs", "tune_epochs", "tune_steps", "tune_samples", "tune_rate"}
+)
 _KINDS: dict[str, type[QuantizedWeight]] = {
     kind.__name__: kind for kind in (BinaryWeight, GroupWeight, DenseWeight)
 }
 
 Array = NDArray[Any]
+
+
+class ModelConfig(Protocol):
+    """What is read of a `transformers` configuration."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name."""
 
 
 class Step(NamedTuple):
@@ -82,7 +94,7 @@ class WorkFolder:
         wanted = json.loads(json.dumps(dict(run or {})))
         if file.exists():
             _check_same_run(path, _read_run(file), wanted)
-        elif any(path.iterdir()):
+        elif any(not _is_half_written(found) for found in path.iterdir()):
             raise OutputError(
                 f"'{path}' holds files but no {RUN_FILE}, so it is no work folder. Give an empty "
                 "or a new folder."
@@ -138,6 +150,16 @@ class WorkFolder:
             return file.read_bytes()
         except FileNotFoundError:
             return None
+
+
+def _is_half_written(file: Path) -> bool:
+    """Whether a process that was killed left this in a folder that had no RUN_FILE yet."""
+    return file.name.startswith(f".{RUN_FILE}.")
+
+
+def has_steps(path: Path) -> bool:
+    """Whether a work folder keeps anything that an earlier run has finished."""
+    return any(path.glob(f"*{_SUFFIX}"))
 
 
 def _digest(values: bytes, arrays: Mapping[str, Array]) -> bytes:
@@ -199,6 +221,7 @@ def describe_run(
     batches: Sequence[Mapping[str, Tensor]],
     config: QuantConfig,
     team: Team = ALONE,
+    model_config: ModelConfig | None = None,
 ) -> dict[str, Any]:
     """What a quantization depends on, by the names that `WorkFolder` uses in its message.
 
@@ -207,18 +230,22 @@ def describe_run(
         batches: Calibration batches.
         config: Options.
         team: The processes that share the work.
+        model_config: Of the model, where it has one.
     """
     options = {
-        f"option {name}": sorted(value) if isinstance(value, frozenset) else value
+        f"option {name}": value
         for name, value in dataclasses.asdict(config).items()
-        if not name.startswith("tune")  # what is done to the finished model
+        if name not in _TUNING_FIELDS
     }
+    options["option importance"] = config.token_weights
     return {
         "layout of the folder": LAYOUT,
         "format of packed weights": FORMAT,
-        "torch": str(torch.__version__),
+        "version of bivlm-edge": code_version(),
+        **{f"version of {name}": found for name, found in library_versions().items()},
         "threads of torch": torch.get_num_threads(),
         "processes": team.size,
+        "configuration of the model": _hash_config(model_config),
         "weights of the checkpoint": _hash_tensors(tensors),
         "calibration data": _hash_tensors(
             (f"{number}.{name}", tensor)
@@ -227,6 +254,20 @@ def describe_run(
         ),
         **options,
     }
+
+
+def _hash_config(config: ModelConfig | None) -> str | None:
+    """Checksum of all values but the folder that the model came from."""
+    if config is None:
+        return None
+    text = json.dumps(_without_path(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_path(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_path(part) for key, part in value.items() if key != "_name_or_path"}
 
 
 def _hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -1,5 +1,11 @@
 """Fine-tune a quantized model on calibration data: what its packed format leaves open."""
 
-from bivlm_edge.tuning.tune import TuningReport, quantize_and_tune, tune_model
+from bivlm_edge.tuning.tune import (
+    TuningReport,
+    check_tunable,
+    drawn_batches,
+    quantize_and_tune,
+    tune_model,
+)
 
-__all__ = ["TuningReport", "quantize_and_tune", "tune_model"]
+__all__ = ["TuningReport", "check_tunable", "drawn_batches", "quantize_and_tune", "tune_model"]

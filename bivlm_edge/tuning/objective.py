@@ -47,7 +47,8 @@ def head_of(module: nn.Module) -> nn.Module:
     if not isinstance(head, nn.Module):
         raise UnsupportedModelError(
             f"a {type(module).__name__} has no output embeddings, so that its answers cannot be "
-            "compared with those of the float model. Use --tune none or --tune blocks."
+            "compared with those of the float model, by which fine-tuning is judged. "
+            "Use --tune none."
         )
     return head
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from bivlm_edge.quant.quantizer import (
 )
 from bivlm_edge.tuning.blocks import tune_blocks
 from bivlm_edge.tuning.end_to_end import tune_end_to_end
-from bivlm_edge.tuning.objective import Teacher, compute_dtype, mean_divergence
+from bivlm_edge.tuning.objective import Teacher, compute_dtype, head_of, mean_divergence
 from bivlm_edge.tuning.planes import PlaneWeight
 from bivlm_edge.tuning.trainer import RATES, State, Trainer, norms_and_biases, restore
 
@@ -84,22 +84,52 @@ def quantize_and_tune(
         The quantized model, and what fine-tuning did, None without it.
 
     Raises:
-        RequestError: the model is streamed from disk; and the errors of `quantize_model` and
+        RequestError, UnsupportedModelError: those of `check_tunable`, `quantize_model` and
             `tune_model`.
     """
+    check_tunable(vlm, config)
     if config.tune == "none":
         return quantize_model(vlm, batches, config, progress, work_folder), None
-    if getattr(vlm, "streamed", None) is not None:
-        raise RequestError(
-            f"--tune {config.tune} needs the whole model in memory, and this one stays on disk. "
-            "Leave out --stream, or use --tune none."
-        )
     used = batches if tuning_batches is None else tuning_batches
     split_batches(used)
     teacher = Teacher(_float_copy(vlm.module))
     quantized = quantize_model(vlm, batches, config, progress, work_folder)
     tell = progress or (lambda *_: None)
     return quantized, tune_model(vlm, quantized, teacher, used, config, tell)
+
+
+def drawn_batches(
+    config: QuantConfig, draw: Callable[[int], Sequence[Batch]]
+) -> tuple[Sequence[Batch], Sequence[Batch] | None]:
+    """Calibration inputs and tuning inputs, as `quantize_and_tune` takes them.
+
+    Args:
+        config: Says how many samples; none are drawn for method `none`.
+        draw: Makes batches of so many samples.
+    """
+    if config.method == "none":
+        return [], None
+    batches = draw(config.calibration_samples)
+    if config.tune == "none" or config.tune_samples is None:
+        return batches, None
+    return batches, draw(config.tune_samples)
+
+
+def check_tunable(vlm: QuantizableModel, config: QuantConfig) -> None:
+    """Refuse a model that cannot be fine-tuned as configured, before hours of work.
+
+    Raises:
+        RequestError: it is streamed from disk.
+        UnsupportedModelError: it has no output embeddings.
+    """
+    if config.tune == "none":
+        return
+    if getattr(vlm, "streamed", None) is not None:
+        raise RequestError(
+            f"--tune {config.tune} needs the whole model in memory, twice, and the float weights "
+            "of this one stay on disk. Export with --no-stream, or use --tune none."
+        )
+    head_of(vlm.module)
 
 
 def _float_copy(module: nn.Module) -> nn.Module:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -146,9 +150,49 @@ def test_command_writes_rows_page_and_picture_and_goes_on_where_it_was(tmp_path:
     assert [path.stat().st_mtime_ns for path in kept] == times
 
 
+def test_killed_run_goes_on_behind_its_last_finished_layer(tmp_path: Path) -> None:
+    arguments = ("--no-plot", "--run", "gptq@2", "--limit", 40, "--calibration-samples", 16)
+    whole = tmp_path / "whole"
+    assert compare(*arguments, "--output", whole, cwd=tmp_path).returncode == 0
+    killed = tmp_path / "killed"
+    shutil.copytree(whole / "rows", killed / "rows")
+    for row in (killed / "rows").glob("gptq*"):
+        row.unlink()
+    command = [sys.executable, "-P", "-m", "bivlm_edge.cli.compare", *map(str, arguments)]
+    process = subprocess.Popen([*command, "--output", str(killed)], start_new_session=True)
+    while process.poll() is None and len(list(killed.glob("work/*/layers.*"))) < 2:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in killed.glob("work/*/layers.*")}
+    assert len(kept) >= 2
+    again = compare(*arguments, "--output", killed, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert not any((killed / "work").iterdir())
+    [_, row] = json.loads((killed / "comparison.json").read_text())
+    [_, expected] = json.loads((whole / "comparison.json").read_text())
+    assert (expected["resumed"], row["resumed"]) == (False, True)
+    for key in ("accuracy", "perplexity", "true_bits", "claimed_bits"):
+        assert row[key] == expected[key], key
+
+
+def test_one_of_several_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = compare("--no-plot", "--method", "rtn", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "one of 2 processes (WORLD_SIZE)" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
+        (
+            ("--method", "rtn", "--calibration-samples", "0"),
+            "--calibration-samples 0 is less than 1",
+            2,
+        ),
         (("--method", "rtn", "--budget", "1.25"), "--bits 1.25 does not go with", 2),
         ((), "nothing to compare", 2),
         (("--method", "rtn", "--data", "sherlock"), "needs questions: easy-vqa or", 2),

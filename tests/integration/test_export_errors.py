@@ -13,7 +13,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from random_checkpoints import save_checkpoint  # type: ignore[import-not-found]
+from typer.testing import CliRunner
 
+from bivlm_edge.cli.export import app as export_app
 from bivlm_edge.config import ExportConfig, PruneConfig, QuantConfig
 from bivlm_edge.datasets import VqaItem
 from bivlm_edge.errors import (
@@ -27,6 +29,43 @@ from bivlm_edge.export import data_file, exporter, validate
 from bivlm_edge.models import load_checkpoint
 
 FLOAT = ExportConfig(QuantConfig(method="none"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [((), None), (("--stream",), True), (("--no-stream",), False)]
+)
+def test_streaming_is_chosen_or_left_to_the_memory(
+    arguments: tuple[str, ...],
+    expected: bool | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool | None] = []
+
+    def load(_: object, stream: bool | None) -> None:
+        seen.append(stream)
+        raise CheckpointError("enough seen")
+
+    monkeypatch.setattr("bivlm_edge.models.load_checkpoint", load)
+    done = CliRunner().invoke(export_app, [str(tmp_path / "model.onnx"), *arguments])
+    assert done.exit_code == CheckpointError("").exit_code
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "nbits4", "--bits", "2"), "--bits 2 does not go with --method nbits4"),
+        (("--method", "none", "--bits", "2"), "--bits 2 does not go with --method none"),
+        (("--tune-samples", "4"), "--tune-samples has no effect with --tune none"),
+    ],
+)
+def test_option_that_nothing_would_read_is_refused(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(export_app, [str(tmp_path / "model.onnx"), *arguments])
+    assert done.exit_code == 2
+    assert message in done.stderr
 
 
 def listing(folder: Path) -> list[str]:

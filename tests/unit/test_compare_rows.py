@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bivlm_edge.compare import plot, runner, tables
+from bivlm_edge.compare import job, plot, runner, tables
 from bivlm_edge.compare.rows import (
     REQUIRED,
     RowFolder,
@@ -20,6 +20,7 @@ from bivlm_edge.compare.rows import (
 from bivlm_edge.compare.runner import Setting, run_all
 from bivlm_edge.compare.specification import Run, parse_run
 from bivlm_edge.errors import DataError, OutputError, RequestError
+from bivlm_edge.quant.quantizer import LayerReport, QuantizedModel
 
 
 def row(run: str, true_bits: float, **values: Any) -> dict[str, Any]:
@@ -88,6 +89,22 @@ def test_fingerprint_changes_with_content_and_names(tmp_path: Path) -> None:
     assert fingerprint("org/model") == "org/model"
 
 
+def test_fingerprint_of_questions_changes_with_their_pictures(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    picture = tmp_path / "pictures" / "a.png"
+    picture.write_bytes(b"one")
+    (tmp_path / "lists").mkdir()
+    list_file = tmp_path / "lists" / "q.jsonl"
+    list_file.write_text('{"image": "../pictures/a.png", "question": "q", "answer": "a"}\n')
+    first, folder = fingerprint(str(list_file)), fingerprint(str(list_file.parent))
+    picture.write_bytes(b"two")
+    assert fingerprint(str(list_file)) != first
+    assert fingerprint(str(list_file.parent)) != folder
+    picture.unlink()
+    with pytest.raises(DataError, match=r"a\.png"):
+        fingerprint(str(list_file))
+
+
 def test_rows_file_has_a_row_per_line_with_the_required_keys(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     write_text(path, rows_text(ROWS))
@@ -122,6 +139,13 @@ def test_page_has_the_table_and_what_it_was_measured_on() -> None:
     assert "1,000 questions" in page
     assert "pictures, 16 samples; seed 0" in page
     assert "abacus, 1 thread" in page
+
+
+def test_page_says_which_seconds_are_those_of_the_last_start() -> None:
+    page = tables.markdown([ROWS[0], {**ROWS[1], "resumed": True}])
+    assert "| 2.000 | > 12 | 457 |" in page
+    assert "went on where it had been" in page
+    assert "went on where it had been" not in tables.markdown(ROWS)
 
 
 def test_page_of_a_language_model_has_no_accuracy() -> None:
@@ -172,6 +196,40 @@ def test_second_start_runs_only_what_is_missing(
     monkeypatch.setattr(runner, "code_version", lambda: "other")
     run_all(runs, SETTING, "toy", tmp_path, lambda *_: None)
     assert asked[4:] == ["none", "rtn@4", "rtn@2"]
+
+
+def test_work_of_a_run_is_kept_until_its_row_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def measure(_run: Run, _setting: Setting, _logs: Path, work: Path, _tell: Any) -> Any:
+        seen.append(work)
+        work.mkdir(parents=True, exist_ok=True)
+        if len(seen) == 1:
+            raise runner._RunFailed("killed", 1)
+        return MEASURED
+
+    monkeypatch.setattr(runner, "_measure", measure)
+    run_all([parse_run("rtn@4")], SETTING, "toy", tmp_path, lambda *_: None)
+    assert seen[0].is_dir()
+    run_all([parse_run("rtn@4"), parse_run("rtn@2")], SETTING, "toy", tmp_path, lambda *_: None)
+    assert seen[1] == seen[0] != seen[2]
+    assert not any((tmp_path / "work").iterdir())
+
+
+def test_method_that_claims_nothing_claims_its_true_bits() -> None:
+    def report(true_bits: float, claimed_bits: float) -> LayerReport:
+        return LayerReport("q", 64, 64, "m", None, 0, true_bits, claimed_bits, None, False)
+
+    class Shared(QuantizedModel):
+        true_bits = 1.9  # type: ignore[assignment]  # less than any layer alone
+
+    weights: Any = {"q": None}
+    plain = Shared(weights, [report(2.0, 2.0), report(2.1, 2.1)])
+    assert job._bits(plain) == {"claimed_bits": 1.9, "true_bits": 1.9}
+    paper = Shared(weights, [report(2.0, 1.0), report(2.1, 1.1)])
+    assert job._bits(paper) == {"claimed_bits": pytest.approx(1.05), "true_bits": 1.9}
 
 
 @pytest.mark.parametrize(

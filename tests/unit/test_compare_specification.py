@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import pytest
 
-from bivlm_edge.compare import specification
 from bivlm_edge.compare.specification import parse_run, plan
 from bivlm_edge.config import STAGES, QuantConfig
 from bivlm_edge.errors import RequestError
-
-
-@dataclass(frozen=True)
-class Options:
-    """A QuantConfig of the future."""
-
-    method: str = "bivlm-edge"
-    bits: float = 2.0
-    seed: int = 0
-    importance: Literal["none", "vlmq"] | None = None
-    without: frozenset[str] = frozenset()
-    paper_exact: bool = False
-    table: dict[str, int] | None = None
 
 
 def test_method_bits_and_options_become_a_config() -> None:
@@ -42,16 +25,21 @@ def test_method_with_bits_of_its_own_has_no_budget() -> None:
     assert (run.name, run.budget, run.config.n_uns) == ("bivlm-paper,n_uns=1", None, 1)
 
 
-def test_new_fields_are_read_by_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specification, "QuantConfig", Options)
-    run = parse_run("bivlm-edge,importance=vlmq,without=hadamard+prefix,paper_exact=true")
-    assert run.config == Options(  # type: ignore[comparison-overlap]
-        importance="vlmq", without=frozenset({"hadamard", "prefix"}), paper_exact=True
+def test_every_field_is_read_by_its_type() -> None:
+    run = parse_run(
+        "bivlm-edge,importance=vlmq,without=hadamard+prefix,tune=both,tune_signs=true,"
+        "tune_samples=8,tune_rate=0.5"
     )
-    with pytest.raises(RequestError, match="table cannot be given in a run"):
-        parse_run("bivlm-edge,table=1")
+    assert run.config == QuantConfig(
+        importance="vlmq",
+        without=("hadamard", "prefix"),
+        tune="both",
+        tune_signs=True,
+        tune_samples=8,
+        tune_rate=0.5,
+    )
     with pytest.raises(RequestError, match="paper_exact=yes is neither true nor false"):
-        parse_run("bivlm-edge,paper_exact=yes")
+        parse_run("bivlm-paper,paper_exact=yes")
 
 
 @pytest.mark.parametrize(
@@ -96,21 +84,19 @@ def test_nothing_to_compare_is_refused() -> None:
     assert [run.name for run in plan(["none"], [2.0], [], ablate=False, defaults={})] == ["none"]
 
 
-def test_ablation_switches_off_each_stage_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specification, "QuantConfig", Options)
-    monkeypatch.setattr(specification, "STAGES", ("prefix", "refit"))
+def test_ablation_switches_off_each_stage_in_turn_and_tunes() -> None:
     runs = plan([], [2.0, 1.5], [], ablate=True, defaults={})
-    assert [run.name for run in runs] == [
-        "none",
-        "bivlm-edge@2", "bivlm-edge@2,without=prefix", "bivlm-edge@2,without=refit",
-        "bivlm-edge@1.5", "bivlm-edge@1.5,without=prefix", "bivlm-edge@1.5,without=refit",
-    ]  # fmt: skip
-    assert runs[2].config == Options(  # type: ignore[comparison-overlap]
-        without=frozenset({"prefix"})
-    )
-
-
-def test_every_stage_of_the_method_can_be_switched_off() -> None:
-    runs = plan([], [2.0], [], ablate=True, defaults={})
-    assert [run.config.without for run in runs[2:]] == [(stage,) for stage in STAGES]
     assert STAGES
+    assert [(run.config.bits, run.config.without, run.config.tune_signs) for run in runs[1:]] == [
+        (bits, without, signs)
+        for bits in (2.0, 1.5)
+        for without, signs in [
+            ((), False), *(((stage,), False) for stage in STAGES), ((), False), ((), True),
+        ]
+    ]  # fmt: skip
+    tuned = [run for run in runs if run.config.tune != "none"]
+    assert [run.name for run in tuned[:2]] == [
+        "bivlm-edge@2,tune=end-to-end,tune_steps=50",
+        "bivlm-edge@2,tune=end-to-end,tune_signs=true,tune_steps=50",
+    ]
+    assert len(tuned) == 4

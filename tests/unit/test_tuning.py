@@ -27,7 +27,7 @@ from bivlm_edge.quant.packed import (
 from bivlm_edge.quant.quantizer import QuantizedModel
 from bivlm_edge.tuning.objective import Teacher, mean_divergence
 from bivlm_edge.tuning.planes import PlaneWeight
-from bivlm_edge.tuning.tune import quantize_and_tune, split_batches, tune_model
+from bivlm_edge.tuning.tune import drawn_batches, quantize_and_tune, split_batches, tune_model
 
 VOCABULARY, TOKENS = 48, 20
 
@@ -213,7 +213,9 @@ def check_module(model: TinyModel, quantized: QuantizedModel) -> None:
 def test_coefficients_return_to_a_planted_optimum(tune: str, steps: int, gain: float) -> None:
     model, quantized, teacher, optimum = planted(factor=1.15)
     size = quantized.nbytes
-    config = QuantConfig(tune=tune, tune_steps=steps, tune_rate=8.0)
+    config = QuantConfig(tune=tune, tune_rate=8.0)
+    if tune != "blocks":
+        config = dataclasses.replace(config, tune_steps=steps)
     batches = make_batches(8, samples=16)
     report = tune_model(model, quantized, teacher, batches, config, silent)
     assert report.after < gain * report.before
@@ -257,7 +259,9 @@ def test_the_same_seed_tunes_alike(signs: bool) -> None:
 def test_what_gets_worse_is_put_back(tune: str, signs: bool) -> None:
     model, quantized, teacher, _ = planted(factor=1.02)
     before = copy.deepcopy(model.module.state_dict())
-    config = QuantConfig(tune=tune, tune_signs=signs, tune_steps=2, tune_rate=1000.0)
+    config = QuantConfig(tune=tune, tune_signs=signs, tune_rate=1000.0)
+    if tune != "blocks":
+        config = dataclasses.replace(config, tune_steps=2)
     report = tune_model(model, quantized, teacher, make_batches(4), config, silent)
     assert report.after == report.before
     for name, value in model.module.state_dict().items():
@@ -287,10 +291,18 @@ def test_bad_requests_are_refused() -> None:
         tune_model(model, QuantizedModel(), teacher, make_batches(2), config, silent)
     with pytest.raises(RequestError, match="--tune 'all' is not known"):
         QuantConfig(tune="all")
-    with pytest.raises(RequestError, match=r"--tune both trains.*--method rtn"):
+    with pytest.raises(RequestError, match=r"--tune does not go with --method rtn.*bivlm-edge"):
         QuantConfig(method="rtn", bits=4, tune="both")
-    with pytest.raises(RequestError, match="--tune-signs needs --tune"):
+    with pytest.raises(RequestError, match="--tune-signs has no effect with --tune none"):
         QuantConfig(tune_signs=True)
+    with pytest.raises(RequestError, match="--tune-epochs has no effect with --tune end-to-end"):
+        QuantConfig(tune="end-to-end", tune_epochs=3)
+    with pytest.raises(RequestError, match="--tune-steps has no effect with --tune blocks"):
+        QuantConfig(tune="blocks", tune_steps=3)
+    with pytest.raises(RequestError, match="--tune-samples has no effect with --tune none"):
+        QuantConfig(tune_samples=3)
+    with pytest.raises(RequestError, match="--tune-rate has no effect with --tune none"):
+        QuantConfig(tune_rate=2.0)
     with pytest.raises(RequestError, match="--tune-epochs 0 is below"):
         QuantConfig(tune_epochs=0)
     with pytest.raises(RequestError, match="--tune-steps 0 is below"):
@@ -299,6 +311,34 @@ def test_bad_requests_are_refused() -> None:
         QuantConfig(tune_rate=-1.0)
     with pytest.raises(UnsupportedModelError, match="no output embeddings"):
         mean_divergence(nn.Linear(2, 2), make_batches(1), Teacher(nn.Linear(2, 2)))
+
+
+def test_model_that_cannot_be_tuned_is_refused_before_it_is_quantized() -> None:
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    model.module.get_output_embeddings = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedModelError, match=r"is judged\. Use --tune none\.$"):
+        quantize_and_tune(model, make_batches(2), QuantConfig(tune="blocks"))
+    model.streamed = object()  # type: ignore[attr-defined]
+    with pytest.raises(RequestError, match="Export with --no-stream"):
+        quantize_and_tune(model, make_batches(2), QuantConfig(tune="blocks"))
+    for name, value in model.module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_tuning_draws_samples_of_its_own_where_it_asks_for_them() -> None:
+    def draw(samples: int) -> list[dict[str, Tensor]]:
+        return [{"x": torch.zeros(samples)}]
+
+    def drawn(**options: Any) -> list[int | None]:
+        config = QuantConfig(calibration_samples=5, **options)
+        found = drawn_batches(config, draw)
+        return [len(part[0]["x"]) if part else None for part in found]
+
+    assert drawn(tune="blocks", tune_samples=7) == [5, 7]
+    assert drawn(tune="blocks") == [5, None]
+    assert drawn() == [5, None]
+    assert drawn(method="none") == [None, None]
 
 
 def test_only_predicted_labels_count() -> None:
@@ -324,7 +364,7 @@ def test_quantize_and_tune_keeps_the_budget() -> None:
         model, batches, config, lambda *call: steps.append(call), tuning_batches=make_batches(4)
     )
     assert report is not None
-    assert report.after <= report.before
+    assert report.after < report.before
     assert [entry["steps"] for entry in report.log if "steps" in entry] == [0, 1, 2, 3]
     assert steps[-1] == ("tuning end to end", 2, 3)
     assert quantized.true_bits <= 2.6

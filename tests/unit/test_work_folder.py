@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import OutputError, RequestError
+from bivlm_edge.quant import work_folder
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
 from bivlm_edge.quant.weights import DenseWeight
@@ -240,6 +241,46 @@ def test_folder_of_another_run_is_refused_with_what_differs(
         quantize_model(model, make_batches(samples), config, work_folder=tmp_path)
 
 
+class Settings:
+    """Stands in for a `transformers` configuration."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.values
+
+
+def test_folder_of_other_code_libraries_or_configuration_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe(theta: float, name: str = "a") -> dict[str, Any]:
+        settings = Settings(_name_or_path=name, rope={"theta": theta})
+        return work_folder.describe_run([], [], CONFIG, model_config=settings)
+
+    WorkFolder(tmp_path, describe(1e4))
+    WorkFolder(tmp_path, describe(1e4, "moved"))
+    with pytest.raises(RequestError, match=r"differs: configuration of the model\."):
+        WorkFolder(tmp_path, describe(1e5))
+    monkeypatch.setattr(work_folder, "library_versions", lambda: {"scipy": "0.1"})
+    with pytest.raises(RequestError, match=r"version of scipy \(was .*, is 0\.1\)"):
+        WorkFolder(tmp_path, describe(1e4))
+    monkeypatch.undo()
+    monkeypatch.setattr(work_folder, "code_version", lambda: "other")
+    with pytest.raises(RequestError, match=r"version of bivlm-edge \(was \w{12}, is other\)"):
+        WorkFolder(tmp_path, describe(1e4))
+
+
+def test_options_of_tuning_and_names_of_defaults_make_no_other_run() -> None:
+    same = work_folder.describe_run([], [], QuantConfig())
+    assert same == work_folder.describe_run([], [], QuantConfig(importance="loss"))
+    tuned = QuantConfig(
+        tune="both", tune_signs=True, tune_epochs=1, tune_steps=3, tune_samples=9, tune_rate=2.0
+    )
+    assert same == work_folder.describe_run([], [], tuned)
+    assert same != work_folder.describe_run([], [], QuantConfig(importance="none"))
+
+
 def test_folders_that_are_no_work_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(OutputError, match="is no work folder"):
@@ -250,6 +291,12 @@ def test_folders_that_are_no_work_folders_are_left_alone(tmp_path: Path) -> None
     with pytest.raises(OutputError, match="cannot be read"):
         WorkFolder(tmp_path, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.txt", RUN_FILE]
+
+
+def test_run_file_that_was_half_written_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / f".{RUN_FILE}.x1").write_text("{")
+    WorkFolder(tmp_path, {"a": 1})
+    assert (tmp_path / RUN_FILE).is_file()
 
 
 def test_full_disk_is_said_and_leaves_no_half_file(

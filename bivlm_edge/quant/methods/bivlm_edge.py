@@ -52,6 +52,7 @@ from bivlm_edge.quant.transform import (
 )
 
 BIT_RANGE = (1.0, 4.0)
+OPTIONS = ("tune",)
 NEEDS = ("hessian", "importance", "budget", "bias", "propagation")
 STAGES = (
     "importance",

@@ -21,8 +21,8 @@ SHARED = {
     "_ops_library",
     "__version__",
 }
-# Between calibration and synthetic, never in runtime: it loads torch.
-TORCH_SHARED = {"distributed"}
+# Between calibration and synthetic, never in runtime: about torch and what results depend on.
+TORCH_SHARED = {"distributed", "provenance"}
 # Each part may import the parts to its left, itself and the shared modules.
 ORDER = ["models", "calibration", "quant", "tuning", "export", "synthetic"]
 FOLDERS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from bivlm_edge.errors import BivlmError
 EXIT_UNEXPECTED = 1
 EXIT_BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 _PLAIN_WIDTH = 180
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -44,6 +46,11 @@ ThreadsOption = Annotated[
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def unwind_on_sigterm() -> None:
+    """Let SIGTERM unwind like an interrupt, so that what cleans up does so."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
 
 
 def new_app() -> typer.Typer:

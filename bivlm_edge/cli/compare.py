@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from bivlm_edge.cli.common import DebugOption, command_errors, new_app, progress_by_name, show
+from bivlm_edge.cli.common import (
+    DebugOption,
+    command_errors,
+    new_app,
+    progress_by_name,
+    show,
+    unwind_on_sigterm,
+)
 from bivlm_edge.compare import plot, tables
 from bivlm_edge.compare.rows import read_rows, rows_text, write_text
 from bivlm_edge.compare.runner import Failure, Setting, run_all
@@ -27,7 +32,6 @@ REFERENCE_NAME = "reference model"
 QUESTION_SAMPLES, TEXT_SAMPLES = 512, 128
 TEXT_WINDOWS = 128
 DEFAULT_BUDGET = 2.0
-EXIT_TERMINATED = 143
 _PAGE, _PICTURE, _ROWS = "comparison.md", "comparison.png", "comparison.json"
 
 app = new_app()
@@ -169,8 +173,8 @@ def compare(
         model, data, calibration, limit, threads or _threads(), reads_text=reads_text
     )
     folder = _folder(output)
-    # SIGTERM unwinds like an interrupt, so that no run goes on without its parent
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    # no run goes on without its parent
+    unwind_on_sigterm()
     name = REFERENCE_NAME if model is None else Path(model).name
     with progress_by_name() as tell:
         rows, failures = run_all(runs, setting, name, folder, tell)

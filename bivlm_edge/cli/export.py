@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +17,7 @@ from bivlm_edge.cli.common import (
     show,
     show_json,
     split_names,
+    unwind_on_sigterm,
 )
 from bivlm_edge.config import (
     DEFAULT_BITS,
@@ -36,8 +35,6 @@ from bivlm_edge.config import (
 )
 from bivlm_edge.quant import methods
 from bivlm_edge.report import export_tables
-
-EXIT_TERMINATED = 143
 
 app = new_app()
 
@@ -233,8 +230,8 @@ def export(
     from bivlm_edge.models import load_checkpoint
     from bivlm_edge.reference import checkpoint_path
 
-    # SIGTERM unwinds like an interrupt, so that no half-written folder stays behind
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    # no half-written folder stays behind
+    unwind_on_sigterm()
     logging.disable_progress_bar()  # one bar is enough
     with joined() as team:
         if team.rank == 0:

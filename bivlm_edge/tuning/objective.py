@@ -10,15 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import LABELS, Batch
+from bivlm_edge.calibration.capture import IGNORED, LABELS, Batch, Stopped
 from bivlm_edge.errors import UnsupportedModelError
 
-_IGNORED = -100
 _CHUNK = 512
-
-
-class _Reached(Exception):  # noqa: N818 - control flow, not an error
-    """The head's input has been seen."""
 
 
 def compute_dtype() -> torch.dtype:
@@ -62,11 +57,11 @@ def head_inputs(module: nn.Module, batch: Batch) -> Tensor:
 
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0])
-        raise _Reached
+        raise Stopped
 
     handle = head_of(module).register_forward_pre_hook(stop)
     try:
-        with suppress(_Reached):
+        with suppress(Stopped):
             module(**{name: value for name, value in batch.items() if name != LABELS})
     finally:
         handle.remove()
@@ -78,7 +73,7 @@ def _counted(batch: Batch, hidden: Tensor) -> Tensor:
     """Mask (samples, tokens) of the positions that count."""
     counted = torch.ones(hidden.shape[:2], dtype=torch.bool)
     if LABELS in batch:
-        counted[:, :-1] = batch[LABELS][:, 1:] != _IGNORED
+        counted[:, :-1] = batch[LABELS][:, 1:] != IGNORED
         counted[:, -1] = False
     elif "attention_mask" in batch:
         counted &= batch["attention_mask"].bool()

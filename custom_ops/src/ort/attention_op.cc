@@ -176,12 +176,10 @@ Status* InferShape(const CustomOp* op, ShapeInferContext* context) noexcept {
 }  // namespace
 
 Operator MakeAttentionOp(const Api* api, ElementType type, ElementType cache_type) {
-  Operator op;
-  op.api = api;
+  Operator op = NewOperator(api);
   op.type = type;
   op.cache_type = cache_type;
   op.GetName = [](const CustomOp*) { return "GroupQueryAttention"; };
-  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   op.GetInputType = [](const CustomOp* self, std::size_t index) {
     const Operator& made = *static_cast<const Operator*>(self);
     if (index < kPastKey) return made.type;
@@ -194,18 +192,9 @@ Operator MakeAttentionOp(const Api* api, ElementType type, ElementType cache_typ
   };
   op.GetOutputTypeCount = [](const CustomOp*) { return std::size_t{3}; };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.GetInputCharacteristic = [](const CustomOp*, std::size_t) {
-    return Characteristic::kRequired;
-  };
-  op.GetOutputCharacteristic = [](const CustomOp*, std::size_t) {
-    return Characteristic::kRequired;
-  };
-  op.GetInputMemoryType = [](const CustomOp*, std::size_t) { return MemoryType::kDefault; };
   op.CreateKernelV2 = CreateKernel;
   op.KernelComputeV2 = Compute;
   op.InferOutputShapeFn = InferShape;
-  op.GetStartVersion = [](const CustomOp*) { return 1; };
-  op.GetEndVersion = [](const CustomOp*) { return 1; };
   return op;
 }
 

@@ -202,10 +202,8 @@ ElementType InputType(const CustomOp*, std::size_t index) {
 }  // namespace
 
 Operator MakeBinaryMatMulOp(const Api* api) {
-  Operator op;
-  op.api = api;
+  Operator op = NewOperator(api);
   op.GetName = [](const CustomOp*) { return "BinaryMatMul"; };
-  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   op.GetInputType = InputType;
   op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
   op.GetOutputType = [](const CustomOp*, std::size_t) { return ElementType::kUndefined; };
@@ -214,15 +212,9 @@ Operator MakeBinaryMatMulOp(const Api* api) {
   op.GetInputCharacteristic = [](const CustomOp*, std::size_t index) {
     return index >= kSigns ? Characteristic::kOptional : Characteristic::kRequired;
   };
-  op.GetOutputCharacteristic = [](const CustomOp*, std::size_t) {
-    return Characteristic::kRequired;
-  };
-  op.GetInputMemoryType = [](const CustomOp*, std::size_t) { return MemoryType::kDefault; };
   op.CreateKernelV2 = CreateKernel;
   op.KernelComputeV2 = Compute;
   op.InferOutputShapeFn = InferShape;
-  op.GetStartVersion = [](const CustomOp*) { return 1; };
-  op.GetEndVersion = [](const CustomOp*) { return 1; };
   return op;
 }
 

@@ -76,11 +76,9 @@ Status* InferShape(const CustomOp* op, ShapeInferContext* context) noexcept {
 }  // namespace
 
 Operator MakeGatedSiluOp(const Api* api, ElementType type) {
-  Operator op;
-  op.api = api;
+  Operator op = NewOperator(api);
   op.type = type;
   op.GetName = [](const CustomOp*) { return "GatedSiLU"; };
-  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   op.GetInputType = [](const CustomOp* self, std::size_t) {
     return static_cast<const Operator*>(self)->type;
   };
@@ -90,18 +88,9 @@ Operator MakeGatedSiluOp(const Api* api, ElementType type) {
   };
   op.GetOutputTypeCount = [](const CustomOp*) { return std::size_t{1}; };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.GetInputCharacteristic = [](const CustomOp*, std::size_t) {
-    return Characteristic::kRequired;
-  };
-  op.GetOutputCharacteristic = [](const CustomOp*, std::size_t) {
-    return Characteristic::kRequired;
-  };
-  op.GetInputMemoryType = [](const CustomOp*, std::size_t) { return MemoryType::kDefault; };
   op.CreateKernelV2 = CreateKernel;
   op.KernelComputeV2 = Compute;
   op.InferOutputShapeFn = InferShape;
-  op.GetStartVersion = [](const CustomOp*) { return 1; };
-  op.GetEndVersion = [](const CustomOp*) { return 1; };
   return op;
 }
 

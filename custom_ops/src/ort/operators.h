@@ -2,6 +2,8 @@
 #ifndef BIVLM_ORT_OPERATORS_H_
 #define BIVLM_ORT_OPERATORS_H_
 
+#include <cstddef>
+
 #include "bivlm/ort_abi.h"
 
 namespace bivlm::ort {
@@ -13,6 +15,23 @@ struct Operator : CustomOp {
   ElementType type = ElementType::kUndefined;        // of the activations; undefined: any
   ElementType cache_type = ElementType::kUndefined;  // of a KV cache, where there is one
 };
+
+// What the operators have alike; inputs and outputs are required unless set otherwise.
+inline Operator NewOperator(const Api* api) {
+  Operator op;
+  op.api = api;
+  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+  op.GetInputCharacteristic = [](const CustomOp*, std::size_t) {
+    return Characteristic::kRequired;
+  };
+  op.GetOutputCharacteristic = [](const CustomOp*, std::size_t) {
+    return Characteristic::kRequired;
+  };
+  op.GetInputMemoryType = [](const CustomOp*, std::size_t) { return MemoryType::kDefault; };
+  op.GetStartVersion = [](const CustomOp*) { return 1; };
+  op.GetEndVersion = [](const CustomOp*) { return 1; };
+  return op;
+}
 
 Operator MakeBinaryMatMulOp(const Api* api);
 

@@ -237,11 +237,9 @@ ElementType InputType(const CustomOp* op, std::size_t index) {
 }  // namespace
 
 Operator MakeTokenPruneOp(const Api* api, ElementType type) {
-  Operator op;
-  op.api = api;
+  Operator op = NewOperator(api);
   op.type = type;
   op.GetName = [](const CustomOp*) { return "TokenPrune"; };
-  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   op.GetInputType = InputType;
   op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
   op.GetOutputType = [](const CustomOp* self, std::size_t index) {
@@ -255,12 +253,9 @@ Operator MakeTokenPruneOp(const Api* api, ElementType type) {
   op.GetOutputCharacteristic = [](const CustomOp*, std::size_t index) {
     return index == 2 ? Characteristic::kOptional : Characteristic::kRequired;
   };
-  op.GetInputMemoryType = [](const CustomOp*, std::size_t) { return MemoryType::kDefault; };
   op.CreateKernelV2 = CreateKernel;
   op.KernelComputeV2 = Compute;
   op.InferOutputShapeFn = InferShape;
-  op.GetStartVersion = [](const CustomOp*) { return 1; };
-  op.GetEndVersion = [](const CustomOp*) { return 1; };
   return op;
 }
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bivlm_edge.calibration.moments import ALONE, InputStatistics, StatisticsCollector
+from bivlm_edge.calibration.precision import exact_products, fast_products
 from bivlm_edge.distributed import Team
 from bivlm_edge.errors import DataError, UnsupportedModelError
 
@@ -82,11 +83,14 @@ class Call:
             )
         return value
 
-    def run(self, block: nn.Module) -> Tensor:
-        """Return the hidden states that the block makes of them."""
-        output = block(*self.args, **self.kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+    def run(self, block: nn.Module, *, exact: bool = False) -> Tensor:
+        """Return the hidden states that the block makes of them, in their type.
+
+        Unless `exact`, matrix products are `fast_products`: averages over thousands of tokens do
+        not feel the rounding of each.
+        """
+        with nullcontext() if exact else fast_products():
+            return output_hidden(block(*self.args, **self.kwargs), self.hidden.dtype)
 
     def replace_hidden(self, hidden: Tensor) -> None:
         """Exchange the hidden states, all other arguments stay."""
@@ -94,6 +98,12 @@ class Call:
             self.args = (hidden, *self.args[1:])
         else:
             self.kwargs["hidden_states"] = hidden
+
+
+def output_hidden(output: Any, dtype: torch.dtype) -> Tensor:
+    """The hidden states among what a block returns."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden.to(dtype)
 
 
 class Weighting(Protocol):
@@ -381,14 +391,23 @@ class _Measurement:
         ]
 
     def _collectors(self, layers: Mapping[str, nn.Linear]) -> dict[str, StatisticsCollector]:
-        """By layer name, and the one with all rows alike under the empty name."""
+        """By layer name, and the one with all rows alike under the empty name.
+
+        Where all layers have weights the latter only judges what came out, and needs no reference.
+        """
         names = [name for name in layers if name in self._weights]
-        if not (self._frozen and len(names) == len(layers)):
+        only_judges = len(names) == len(layers)
+        if not (self._frozen and only_judges):
             names.append(_PLAIN)
         k = next(iter(layers.values())).in_features
-        crossed = self._reference is not None
         return {
-            name: StatisticsCollector(k, self._count, self._team, crossed=crossed) for name in names
+            name: StatisticsCollector(
+                k,
+                self._count,
+                self._team,
+                crossed=self._reference is not None and not (name == _PLAIN and only_judges),
+            )
+            for name in names
         }
 
     def _input_in(self, reference: Reference, layers: Mapping[str, nn.Linear]) -> Tensor | None:
@@ -419,9 +438,11 @@ class _Measurement:
             number = self._numbers[self._current]
             rows = args[0].reshape(-1, args[0].shape[-1])
             _check_finite(rows, next(iter(layers)), number)
-            for name, collector in collectors.items():
-                weights = None if name == _PLAIN else self._weights[name][self._current]
-                collector.add(rows, number, weights, self._original)
+            with exact_products():
+                for name, collector in collectors.items():
+                    weights = None if name == _PLAIN else self._weights[name][self._current]
+                    original = self._original if collector.crossed else None
+                    collector.add(rows, number, weights, original)
             if not self._frozen:
                 raise Stopped
 

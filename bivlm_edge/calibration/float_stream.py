@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bivlm_edge.calibration.capture import Batch, Blocks, Call, capture
+from bivlm_edge.calibration.capture import Batch, Blocks, Call, capture, output_hidden
+from bivlm_edge.calibration.precision import fast_products
 
 
 class FloatStream:
@@ -42,9 +43,9 @@ class FloatStream:
     def run(self, block: nn.Module, batch: int) -> Tensor:
         """The output of the block entered last in the float model; layers' hooks are called."""
         call = self._current[batch]
-        output = functional_call(block, self._weights, call.args, call.kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        with fast_products():
+            output = functional_call(block, self._weights, call.args, call.kwargs)
+        return output_hidden(output, call.hidden.dtype)
 
     @torch.no_grad()
     def advance(self, block: nn.Module) -> None:

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from bivlm_edge.calibration.capture import IGNORED, LABELS, Batch, Blocks
 from bivlm_edge.calibration.moments import ALONE
+from bivlm_edge.calibration.precision import fast_products
 from bivlm_edge.distributed import Team
+from bivlm_edge.memory import release_freed
 
 TEMPERATURE = 2.0
 _FLOOR = 0.2
 _BATCH_SEEDS = 1_000_003  # apart for every seed
+_POSITIONS_AT_ONCE = 128
 
 
 def token_importance(
@@ -62,6 +65,7 @@ def token_importance(
         generator = torch.Generator().manual_seed(_BATCH_SEEDS * seed + number)
         for name, weights in _backward(module, layers, batch, generator).items():
             found[name].append(weights)
+        release_freed()
     sums = torch.zeros(len(found), 3, dtype=torch.float64)  # of weights, rows, incomplete layers
     for index, rows in enumerate(found.values()):
         sums[index, 2] = float(len(rows) != len(batches))
@@ -84,7 +88,7 @@ def _backward(
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def record(gradient: Tensor) -> None:
             rows = gradient.reshape(-1, gradient.shape[-1])
-            weights[name] = (rows**2).mean(dim=1).sqrt()
+            weights[name] = (rows.float() ** 2).mean(dim=1).sqrt()
 
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             if not output.requires_grad:
@@ -96,7 +100,7 @@ def _backward(
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), fast_products():
             arguments = {key: value for key, value in batch.items() if key != LABELS}
             logits = getattr(module(**arguments), "logits", None)
             if logits is None:
@@ -119,9 +123,13 @@ def _answer_logits(logits: Tensor, labels: Tensor | None) -> Tensor:
 
 def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Random directions (positions, v) with covariance diag(p) - p p^T, p the softened softmax."""
-    p = (logits.float() / TEMPERATURE).softmax(dim=-1)
-    root = p.sqrt() * torch.randn(p.shape, generator=generator)
-    return (root - p * root.sum(dim=-1, keepdim=True)).to(logits.dtype)
+    directions = torch.empty_like(logits)
+    for start in range(0, len(logits), _POSITIONS_AT_ONCE):
+        rows = slice(start, start + _POSITIONS_AT_ONCE)
+        p = (logits[rows].float() / TEMPERATURE).softmax(dim=-1)
+        root = torch.randn(p.shape, generator=generator).mul_(p.sqrt())
+        directions[rows] = root.sub_(p.mul_(root.sum(dim=-1, keepdim=True)))
+    return directions
 
 
 def _floored(rows: list[Tensor], mean: float) -> list[Tensor]:

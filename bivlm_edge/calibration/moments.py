@@ -11,6 +11,7 @@ from bivlm_edge.distributed import Team
 
 ALONE = Team()
 HELD_OUT_EVERY = 10
+_COLUMNS = 256  # of a symmetric product that are computed at once, below the diagonal for nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class _Accumulator:
 
     Products are those of rows around the mean of their batch, in float32; the mean is added in
     float64. Products of raw rows would err by 2^-24 of a channel's second moment, which may be
-    more than its variance: their moments around the mean are not positive semidefinite.
+    more than its variance: their moments around the mean are not positive semidefinite. Of
+    `squares` only what is on and above the diagonal counts.
     """
 
     def __init__(self, k: int, *, crossed: bool) -> None:
@@ -70,7 +72,9 @@ class _Accumulator:
         weight = float(len(rows)) if weights is None else float(weights.double().sum())
         pivot, deviations, weighted = _deviations(rows, weights)
         deviation = weighted.sum(dim=0, dtype=torch.float64)
-        self.squares += (weighted.T @ deviations).double()
+        for start in range(0, len(pivot), _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            self.squares[columns, start:] += weighted[:, columns].T @ deviations[:, start:]
         self.squares.addr_(pivot, deviation + weight * pivot).addr_(deviation, pivot)
         self.sums += deviation + weight * pivot
         self.rows += len(rows)
@@ -102,7 +106,7 @@ class _Accumulator:
 
     def finish(self) -> Moments:
         total = self.weight if self.weight > 0 else 1.0
-        squares = (self.squares + self.squares.T) / (2 * total)
+        squares = (self.squares.triu() + self.squares.triu(1).T) / total
         return Moments(
             squares,
             self.sums / total,
@@ -133,6 +137,7 @@ class StatisticsCollector:
     """
 
     def __init__(self, k: int, batches: int, team: Team = ALONE, *, crossed: bool = False) -> None:
+        self.crossed = crossed
         self._batches = batches
         self._team = team
         self._fit = _Accumulator(k, crossed=crossed)

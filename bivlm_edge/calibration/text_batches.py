@@ -20,8 +20,8 @@ from bivlm_edge.texts import (
 )
 
 WINDOW = 512
-CALIBRATION_WINDOWS = 128
-EVALUATION_WINDOWS = 128
+CALIBRATION_WINDOWS = 64
+EVALUATION_WINDOWS = 64
 _CHAT = "chat"
 _SHARES: Mapping[str, float] = {
     CALIBRATION_TEXTS[0]: 0.5,

@@ -134,11 +134,11 @@ def _factors(
     ]
     try:
         with torch.no_grad():
-            following = float_call.run(block)
+            following = float_call.run(block, exact=True)
         outputs.clear()
         handles.append(attention.register_forward_hook(stop))
         with torch.enable_grad(), suppress(Stopped):
-            call.run(block)
+            call.run(block, exact=True)
     finally:
         for registered in (handle, *handles):
             registered.remove()

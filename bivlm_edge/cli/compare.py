@@ -29,8 +29,8 @@ from bivlm_edge.texts import BOOKS, CALIBRATION_TEXTS, TEST_TEXT, VALIDATION_TEX
 EASY_VQA = "easy-vqa"
 SMOLLM2 = "smollm2-135m"
 REFERENCE_NAME = "reference model"
-QUESTION_SAMPLES, TEXT_SAMPLES = 512, 128
-TEXT_WINDOWS = 128
+QUESTION_SAMPLES, TEXT_SAMPLES = 512, 64
+TEXT_WINDOWS = 64
 DEFAULT_BUDGET = 2.0
 _PAGE, _PICTURE, _ROWS = "comparison.md", "comparison.png", "comparison.json"
 

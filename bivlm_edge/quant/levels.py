@@ -28,20 +28,36 @@ class Levels:
         values: (2^planes, n).
         thresholds: (2^planes - 1, n), midpoints of neighbours.
         codes: uint8 (2^planes, n); bit p is set where plane p is +1.
+        steps: The coefficients, not negative and falling, each (n,), if the sign of what is left
+            decides each in turn: none is below the sum of those behind it. Else None.
     """
 
     values: Tensor
     thresholds: Tensor
     codes: Tensor
+    steps: tuple[Tensor, ...] | None
+
+    def round(self, targets: Tensor) -> Tensor:
+        """The nearest level, for targets (n,)."""
+        if self.steps is None:
+            return self.values.gather(0, self.nearest(targets)[None])[0]
+        rounded = torch.copysign(self.steps[0], targets)
+        for step in self.steps[1:]:
+            rounded = rounded + torch.copysign(step, targets - rounded)
+        return rounded
+
+    def nearest_codes(self, targets: Tensor) -> Tensor:
+        """Codes of the nearest levels, uint8 (k, n) for targets (k, n)."""
+        return self.codes.gather(0, self.nearest(targets))
 
     def nearest(self, targets: Tensor) -> Tensor:
         """Index of the nearest level, int64 with the shape of `targets` (..., n)."""
         if targets.ndim == 1:
             return (targets > self.thresholds).sum(dim=0)
-        index = torch.zeros(targets.shape, dtype=torch.int64)
+        index = torch.zeros(targets.shape, dtype=torch.uint8)
         for threshold in self.thresholds.unbind():
             index += targets > threshold
-        return index
+        return index.long()
 
 
 def make_levels(alpha: Tensor) -> Levels:
@@ -50,7 +66,14 @@ def make_levels(alpha: Tensor) -> Levels:
     codes = torch.arange(2**planes)
     signs = sign_table(planes).to(alpha.dtype)
     values, order = (signs @ alpha.T).sort(dim=0)
-    return Levels(values, (values[1:] + values[:-1]) / 2, codes[order].to(torch.uint8))
+    falling = canonical(alpha)
+    behind = falling.flip(1).cumsum(1).flip(1) - falling
+    return Levels(
+        values,
+        (values[1:] + values[:-1]) / 2,
+        codes[order].to(torch.uint8),
+        falling.T.contiguous().unbind() if bool((falling >= behind).all()) else None,
+    )
 
 
 def sign_table(planes: int) -> Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, astuple, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,13 +19,21 @@ from bivlm_edge.calibration.importance import token_importance
 from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.distributed import Team
-from bivlm_edge.errors import CheckpointError, DataError, RequestError
+from bivlm_edge.errors import CheckpointError, RequestError
+from bivlm_edge.memory import release_freed
 from bivlm_edge.quant import methods
-from bivlm_edge.quant.allocation import Plan, allocate, group_plans
-from bivlm_edge.quant.linalg import IndefiniteError, output_energy
+from bivlm_edge.quant.allocation import Plan
+from bivlm_edge.quant.calibrated import (
+    calibrated_layer,
+    corrects_bias,
+    group_seed,
+    has_bias,
+    naming,
+)
+from bivlm_edge.quant.linalg import output_energy
 from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import CHUNK, PANEL, BinaryWeight, can_stack
-from bivlm_edge.quant.propagation import second_moment, target_weight, varies
+from bivlm_edge.quant.planning import plan_planes
 from bivlm_edge.quant.transform import CalibratedLayer
 from bivlm_edge.quant.weights import DenseWeight, QuantizedWeight
 from bivlm_edge.quant.work_folder import WorkFolder, describe_run, pack_weight, unpack_weight
@@ -165,7 +171,7 @@ def quantize_model(
         walk_once = partial(
             walk, vlm.module, sequences, batches, weighting, held=held, team=team, frozen=True
         )
-        plans = _plan(walk_once, result.skipped, config, work)
+        plans = plan_planes(walk_once, result.skipped, config, work)
     if config.token_weights == "vlmq":
         weighting = VlmqWeighting(
             vlm.module, sequences, batches, _vision_rows(vlm.module, batches), result.modalities
@@ -192,13 +198,14 @@ def quantize_model(
         if progress is not None:
             for done, name in enumerate(names, start=len(result.weights)):
                 progress(name, done, total)
-        layers = [_calibrated(name, group, config) for name in names]
+        layers = [calibrated_layer(name, group, config) for name in names]
         weights = _quantize_group(layers, group, config, plans.get(names[0]))
         for layer, weight in zip(layers, weights, strict=True):
             result.reports.append(_install(layer, weight, group, config))
             result.weights[layer.name] = weight
         finish(names, group.layers)
         _save_group(names, group.layers, result, work)
+        release_freed()
     if streamed:
         dense = [name for name in result.weights if isinstance(result.weights[name], DenseWeight)]
         streamed.settle(dense)
@@ -337,7 +344,7 @@ def _save_group(
         weight, tensors = pack_weight(name, result.weights[name])
         values[name] = {"weight": weight, "report": asdict(report)}
         arrays.update(tensors)
-        if _has_bias(layers[name]):
+        if has_bias(layers[name]):
             arrays[f"{name}.bias"] = layers[name].bias.detach().numpy()
     work.save(f"layers.{names[0]}", values, arrays)
 
@@ -357,114 +364,13 @@ def _restore_group(
         stored = step.values[name]
         weight = unpack_weight(name, stored["weight"], step.arrays)
         layers[name].weight.copy_(torch.from_numpy(weight.dequantize()))
-        if _has_bias(layers[name]):
+        if has_bias(layers[name]):
             layers[name].bias.copy_(torch.from_numpy(step.arrays[f"{name}.bias"]))
         report = stored["report"]
         planes = report["planes"] and tuple(report["planes"])
         result.reports.append(LayerReport(**{**report, "planes": planes}))
         result.weights[name] = weight
     return True
-
-
-@torch.no_grad()
-def _plan(
-    walk_once: Callable[..., Iterator[LayerGroup]],
-    skipped: Mapping[str, str],
-    config: QuantConfig,
-    work: WorkFolder,
-) -> dict[str, Plan]:
-    """Planes of every group of layers, from the float model: one budget for all of them together.
-
-    Without the weights of `loss` the errors of layers are taken relative to their outputs.
-
-    Args:
-        walk_once: `walk`, all arguments but `restore` given.
-        skipped: Names of layers that are not quantized.
-        config: Bits and seed.
-        work: Keeps what is planned.
-
-    Returns:
-        Name of the group's first layer that is quantized -> plan.
-
-    Raises:
-        RequestError: even one plane per layer exceeds the budget.
-    """
-    chosen = work.load("plans")
-    if chosen is not None:
-        return {name: _read_plan(values) for name, values in chosen.values.items()}
-    candidates: dict[str, list[Plan]] = {}
-    weights = 0
-
-    def restore(layers: Mapping[str, nn.Linear]) -> bool:
-        nonlocal weights
-        names = [name for name in layers if name not in skipped]
-        if names:
-            step = work.load(f"plans.{names[0]}")
-            if step is None:
-                return False
-            candidates[names[0]] = [_read_plan(values) for values in step.values]
-            weights += sum(layers[name].weight.numel() for name in names)
-        return True
-
-    for group in walk_once(restore=restore):
-        names = [name for name in group.layers if name not in skipped]
-        layers = [_calibrated(name, group, config) for name in names]
-        weights += sum(layer.weight.numel() for layer in layers)
-        with _named(names):
-            found = group_plans(layers, _seed(config, group), config.without)
-        candidates[names[0]] = found
-        work.save(f"plans.{names[0]}", [astuple(plan) for plan in found], {})
-    budget = int(config.bits * weights / 8)
-    plans = allocate(candidates, budget)
-    if plans is None:
-        least = 8 * sum(min(plan.nbytes for plan in found) for found in candidates.values())
-        raise RequestError(
-            f"--bits {config.bits:g} is below what one plane per layer takes in this model. "
-            f"Choose at least {math.ceil(100 * least / weights) / 100:g}."
-        )
-    work.save("plans", {name: astuple(plan) for name, plan in plans.items()}, {})
-    return plans
-
-
-def _read_plan(values: Sequence[Any]) -> Plan:
-    planes, nbytes, error = values
-    return Plan(tuple(planes), nbytes, error)
-
-
-def _calibrated(name: str, group: LayerGroup, config: QuantConfig) -> CalibratedLayer:
-    """A layer with Hessians in the scale in which errors of all layers of a model compare."""
-    layer = group.layers[name]
-    weight = layer.weight.detach().float().clone()
-    statistics = group.statistics(name)
-    fit = statistics.fit
-    if name in group.weighted:
-        scale = fit.weight
-    else:  # no gradient: the relative error is what layers have in common
-        scale = 1 / max(output_energy(weight, fit.hessian), 1e-30)
-    held_out = statistics.held_out
-    is_centred = _corrects_bias(layer, config) and varies(fit)
-    with _named([name]):
-        target = target_weight(weight, statistics, is_centred)
-    return CalibratedLayer(
-        name=name,
-        weight=target,
-        hessian=second_moment(fit, fit, is_centred) * scale,
-        held_out=None if held_out is None else second_moment(held_out, fit, is_centred) * scale,
-    )
-
-
-def _corrects_bias(layer: nn.Linear, config: QuantConfig) -> bool:
-    is_wanted = "bias" in methods.declaration(config.method).needs
-    return is_wanted and "bias-correction" not in config.without and _has_bias(layer)
-
-
-def _has_bias(layer: nn.Linear) -> bool:
-    return any(name == "bias" for name, _ in layer.named_parameters(recurse=False))
-
-
-def _seed(config: QuantConfig, group: LayerGroup) -> int:
-    """One seed for all layers of a group, so that they share the signs of the transform."""
-    return zlib.crc32(f"{config.seed}:{next(iter(group.layers))}".encode())
 
 
 @torch.no_grad()
@@ -480,24 +386,11 @@ def _quantize_group(
         n_uns=config.n_uns,
         paper_exact=config.paper_exact,
         byte_budget=plan.nbytes if plan else int(config.bits * weights / 8),
-        seed=_seed(config, group),
+        seed=group_seed(config, group),
         without=config.without,
     )
-    with _named([layer.name for layer in layers]):
+    with naming([layer.name for layer in layers]):
         return methods.load(config.method).quantize(layers, options)
-
-
-@contextmanager
-def _named(names: Sequence[str]) -> Iterator[None]:
-    """Say of which layers with the same input the Hessian cannot be factorized."""
-    try:
-        yield
-    except IndefiniteError as error:
-        layers = ", ".join(f"'{name}'" for name in names)
-        raise DataError(
-            f"the inputs of {layers}: {error} Check the calibration data, or choose --method rtn, "
-            "which needs none."
-        ) from error
 
 
 @torch.no_grad()
@@ -511,7 +404,7 @@ def _install(
     layer.weight.copy_(rounded)
     judged = group.inputs.held_out or group.inputs.fit
     moments = judged.hessian
-    if _corrects_bias(layer, config):
+    if corrects_bias(layer, config):
         fit = group.statistics(name).fit
         mean = fit.mean
         wanted = mean if fit.reference_mean is None else fit.reference_mean

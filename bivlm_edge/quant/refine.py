@@ -85,8 +85,7 @@ def descend(assignment: Assignment, weight_t: Tensor, hessian: Tensor, sweeps: i
     tables = assignment.levels()
     values = assignment.values()
     gradient = hessian @ (values - weight_t)
-    diagonal = hessian.diagonal().clamp_min(1e-30).tolist()
-    indices = torch.zeros_like(assignment.codes)
+    steps = (-1 / hessian.diagonal().clamp_min(1e-30)).tolist()
     for _ in range(sweeps):
         changed = False
         for group, table in zip(assignment.classes, tables, strict=True):
@@ -95,19 +94,18 @@ def descend(assignment: Assignment, weight_t: Tensor, hessian: Tensor, sweeps: i
                 before = values[block].clone()
                 local = gradient[block].clone()
                 inner = hessian[block, block]
-                for i, j in enumerate(range(block.start, block.stop)):
-                    index = table.nearest(values[j] - local[i] / diagonal[j])
-                    chosen = table.values.gather(0, index[None])[0]
-                    local.addr_(inner[:, i], chosen - values[j])
-                    values[j] = chosen
-                    indices[j] = index
+                rows = zip(values[block], local, steps[block], strict=True)
+                for i, (value, slope, step) in enumerate(rows, start=1):
+                    chosen = table.round(torch.add(value, slope, alpha=step))
+                    local[i:].addr_(inner[i:, i - 1], chosen - value)
+                    value.copy_(chosen)
                 delta = values[block] - before
                 if bool(delta.any()):
                     changed = True
-                    gradient += hessian[:, block] @ delta
+                    gradient.addmm_(hessian[:, block], delta)
         if not changed:
             break
     if sweeps:
         for group, table in zip(assignment.classes, tables, strict=True):
             columns = slice(group.start, group.stop)
-            assignment.codes[columns] = table.codes.gather(0, indices[columns].long())
+            assignment.codes[columns] = table.nearest_codes(values[columns])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bivlm_edge.calibration.capture import Batch, Blocks, Call, advance, capture
+from bivlm_edge.calibration.precision import fast_products
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.quant.quantizer import linear_layers
-from bivlm_edge.tuning.objective import fast_products
 from bivlm_edge.tuning.planes import PlaneWeight
 from bivlm_edge.tuning.trainer import (
     Rates,

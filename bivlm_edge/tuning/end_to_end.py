@@ -9,13 +9,8 @@ import torch
 from torch import nn
 
 from bivlm_edge.calibration.capture import Batch
-from bivlm_edge.tuning.objective import (
-    Teacher,
-    divergence,
-    fast_products,
-    mean_divergence,
-    pieces,
-)
+from bivlm_edge.calibration.precision import fast_products
+from bivlm_edge.tuning.objective import Teacher, divergence, mean_divergence, pieces
 from bivlm_edge.tuning.trainer import State, Trainer, optimise
 
 _TOKENS_AT_ONCE = 1024

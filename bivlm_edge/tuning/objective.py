@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,24 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bivlm_edge.calibration.capture import IGNORED, LABELS, Batch, Stopped
+from bivlm_edge.calibration.precision import compute_dtype, fast_products
 from bivlm_edge.errors import UnsupportedModelError
 
 _CHUNK = 512
-
-
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where this processor multiplies it faster than float32, else float32."""
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
-
-
-@contextlib.contextmanager
-def fast_products() -> Iterator[None]:
-    """Matrix products in `compute_dtype`, all else in float32."""
-    dtype = compute_dtype()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        yield
 
 
 def head_of(module: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bivlm_edge.calibration.capture import Batch
+from bivlm_edge.calibration.precision import compute_dtype
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.packed import BinaryWeight
@@ -25,7 +26,7 @@ from bivlm_edge.quant.quantizer import (
 )
 from bivlm_edge.tuning.blocks import tune_blocks
 from bivlm_edge.tuning.end_to_end import tune_end_to_end
-from bivlm_edge.tuning.objective import Teacher, compute_dtype, head_of, mean_divergence
+from bivlm_edge.tuning.objective import Teacher, head_of, mean_divergence
 from bivlm_edge.tuning.planes import PlaneWeight
 from bivlm_edge.tuning.trainer import RATES, State, Trainer, norms_and_biases, restore
 

@@ -70,6 +70,25 @@ def test_inspect_counts_two_bits_from_the_file(two_bit_export: BundlePaths, tmp_
     assert values["file_bytes"]["graph"] + values["file_bytes"]["data"] == size
 
 
+def test_two_processes_of_torchrun_write_one_export(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-P", "-m", "torch.distributed.run"),
+            *("--standalone", "--nproc-per-node", "2", "-m", "bivlm_edge.cli.export"),
+            *("model.onnx", "--calibration-samples", "32", "--json"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    summary = last_json(done)
+    assert len(done.stdout.strip().splitlines()) == 1  # the first process alone prints
+    values = last_json(command("inspect", "model.onnx", "--json", "--verify", cwd=tmp_path))
+    assert values["true_bits_per_weight"] == summary["true_bits_per_weight"]
+    assert 1.9 < values["true_bits_per_weight"] <= 2.0
+
+
 def test_bench_compares_two_models_in_one_run(
     two_bit_export: BundlePaths, float_export: BundlePaths, tmp_path: Path
 ) -> None:

@@ -29,7 +29,10 @@ from bivlm_edge.reference import checkpoint_path
 from bivlm_edge.runtime import Answerer, Generation, load
 from bivlm_edge.runtime.evaluate import evaluate
 
-CONFIG = QuantConfig(method="rtn", bits=2.0, calibration_samples=16)
+CONFIGS = (
+    QuantConfig(method="rtn", bits=2.0, calibration_samples=16),
+    QuantConfig(method="bivlm-edge", bits=1.1, calibration_samples=16),
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +41,32 @@ def questions() -> list[VqaItem]:
     return load_easy_vqa("test")[::160]
 
 
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda config: config.method)
+def config(request: pytest.FixtureRequest) -> QuantConfig:
+    """Coarse enough for some wrong answers."""
+    chosen: QuantConfig = request.param
+    return chosen
+
+
 @pytest.fixture(scope="module")
-def quantized() -> VisionLanguageModel:
-    """The reference model at two bits, coarse enough for some wrong answers, in torch."""
+def quantized(config: QuantConfig) -> VisionLanguageModel:
+    """The quantized reference model in torch."""
     vlm = load_checkpoint(checkpoint_path())
-    samples = CONFIG.calibration_samples
-    batches = make_batches(vlm.prepare, load_easy_vqa("train"), samples, CONFIG.seed)
-    quantize_model(vlm, batches, CONFIG)
+    samples = config.calibration_samples
+    batches = make_batches(vlm.prepare, load_easy_vqa("train"), samples, config.seed)
+    quantize_model(vlm, batches, config)
     round_vocabulary(vlm.module)
     return vlm
 
 
 @pytest.fixture(scope="module")
-def coarse_export(tmp_path_factory: pytest.TempPathFactory) -> BundlePaths:
+def coarse_export(config: QuantConfig, tmp_path_factory: pytest.TempPathFactory) -> BundlePaths:
     """The same as a file."""
     return export_model(
         load_checkpoint(checkpoint_path()),
         load_easy_vqa("train"),
         tmp_path_factory.mktemp("coarse") / "model.onnx",
-        ExportConfig(CONFIG),
+        ExportConfig(config),
     ).paths
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from bivlm_edge.calibration import precision
 from bivlm_edge.calibration.capture import Call, FixedWeights, _shared_inputs, walk
 from bivlm_edge.calibration.float_stream import FloatStream
 from bivlm_edge.calibration.importance import TEMPERATURE, fisher_direction, token_importance
@@ -22,6 +23,12 @@ from bivlm_edge.errors import UnsupportedModelError
 class Part(NamedTuple):
     name: str
     blocks: Sequence[tuple[str, nn.Module]]
+
+
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured can be computed anew to float32 bounds, whatever the processor."""
+    monkeypatch.setattr(precision, "compute_dtype", lambda: torch.float32)
 
 
 def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
@@ -123,6 +130,22 @@ def test_every_layer_gets_the_statistics_of_the_layers_quantized_before_it() -> 
         group_names.sort()
     flat = [sorted(names) for names in encoder * 2 + [["linear_1"], ["linear_2"]] + decoder * 2]
     assert groups == flat
+
+
+def test_products_in_bfloat16_leave_statistics_and_the_type_of_hidden_states_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = tiny_llava()
+    exact = list(walk(module, llava_sequences(module)[2:], llava_batches(3)))
+    monkeypatch.setattr(precision, "compute_dtype", lambda: torch.bfloat16)
+    fast = list(walk(module, llava_sequences(module)[2:], llava_batches(3)))
+    changed = 0
+    for one, other in zip(exact, fast, strict=True):
+        wanted, found = one.inputs.fit.hessian, other.inputs.fit.hessian
+        changed += not torch.equal(wanted, found)
+        # 8 bits of mantissa, a few roundings in a row, and squares: a few times 2^-8
+        assert float((found - wanted).norm() / wanted.norm()) < 2.0**-6
+    assert changed == len(exact) - 1  # the first layers see what no product has made
 
 
 def test_token_weights_weigh_the_rows_of_their_layer_only() -> None:

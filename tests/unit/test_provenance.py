@@ -14,6 +14,7 @@ OTHER = {
     "bundle.py",
     "compare/__init__.py",
     "errors.py",
+    "memory.py",
     "provenance.py",
     "runtime/__init__.py",
     "runtime/answer.py",

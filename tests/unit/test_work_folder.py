@@ -140,10 +140,10 @@ def test_interrupted_run_goes_on_behind_the_last_finished_layer(
 
 
 def test_planning_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bivlm_edge.quant import quantizer
+    from bivlm_edge.quant import planning
 
     planned: list[str] = []
-    plan = quantizer.group_plans
+    plan = planning.group_plans
 
     def stop_at_third(layers: Any, *rest: Any) -> Any:
         if len(planned) == 2:
@@ -151,12 +151,12 @@ def test_planning_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
         planned.append(layers[0].name)
         return plan(layers, *rest)
 
-    monkeypatch.setattr(quantizer, "group_plans", stop_at_third)
+    monkeypatch.setattr(planning, "group_plans", stop_at_third)
     with pytest.raises(Stopped):
         quantize_model(ChainModel(), make_batches(), CONFIG, work_folder=tmp_path)
     planned.clear()
     monkeypatch.setattr(
-        quantizer, "group_plans", lambda *a: planned.append(a[0][0].name) or plan(*a)
+        planning, "group_plans", lambda *a: planned.append(a[0][0].name) or plan(*a)
     )
     found, _ = resume(tmp_path)
     assert planned == ["blocks.1.left", "blocks.1.out", "blocks.2.left", "blocks.2.out"]

@@ -45,10 +45,10 @@ class TokenPruneConfiguration:
     def __post_init__(self) -> None:
         if self.mode not in PRUNE_MODES:
             raise RequestError(f"TokenPrune mode '{self.mode}' is none of {', '.join(PRUNE_MODES)}")
-        if self.mode == "random":
+        if self.mode in ("random", "dpp", "coverage"):
             raise RequestError(
-                "TokenPrune mode 'random' has no fallback in standard operators: run it with the "
-                "operator library, or use mode 'uniform'"
+                f"TokenPrune mode '{self.mode}' has no fallback in standard operators: run it with "
+                "the operator library, or use mode 'uniform'"
             )
         if self.mode in ("topk_score", "mmr") and not self.scores:
             raise RequestError(f"TokenPrune mode '{self.mode}' needs the input 'scores'")

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx import FunctionProto
 
 from bivlm_edge.config import Fallback
+from bivlm_edge.errors import RequestError
 from bivlm_edge.export import (
     fallback,
     fallback_attention,
@@ -82,6 +83,19 @@ def _order_kind(order: ir.Value | None, padded_columns: int) -> fallback.Order:
 def _token_prune_configuration(node: ir.Node) -> fallback_prune.TokenPruneConfiguration:
     inputs = [*node.inputs, None, None, None, None][:5]
     attributes = node.attributes
+    for name, default in (
+        ("score_reduce", "mean"),
+        ("first", "auto"),
+        ("similarity", "cosine"),
+        ("merge", "none"),
+        ("order", "input"),
+    ):
+        word = attributes.get_string(name, default)
+        if word != default:
+            raise RequestError(
+                f"TokenPrune {name} '{word}' has no fallback in standard operators: run it with "
+                "the operator library"
+            )
     return fallback_prune.TokenPruneConfiguration(
         mode=attributes.get_string("mode", "mmr") or "mmr",
         scores=inputs[1] is not None,

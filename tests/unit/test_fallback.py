@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bivlm_edge.errors import RequestError
-from bivlm_edge.export import reference, schemas
+from bivlm_edge.export import reference, reference_prune, schemas
 from bivlm_edge.export.fallback import (
     BinaryMatMulConfiguration,
     Kind,
@@ -211,7 +211,7 @@ def test_token_prune_equals_the_reference_exactly(
     function = token_prune_function(configuration, configuration.overload)
     model = make_model("TokenPrune", inputs, outputs, functions=[function], **attributes)
     onnx.checker.check_model(model, full_check=True)
-    expected = reference.token_prune(*inputs.values(), **attributes)
+    expected = reference_prune.token_prune(*inputs.values(), **attributes)
     for output, wanted in zip(run(model, inputs), expected, strict=False):
         assert output.dtype == wanted.dtype
         np.testing.assert_array_equal(output, wanted)

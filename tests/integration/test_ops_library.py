@@ -27,7 +27,7 @@ from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prun
 Array = NDArray[Any]
 CONSTANTS = ("codes", "coefficients", "signs", "order")
 LEADING = [(), (1,), (33,), (2, 3), (0,), (2, 0, 1)]
-MODES = ("topk_score", "maxmin", "mmr", "uniform", "random", "none")
+MODES = schemas.PRUNE_MODES
 # runs every model of a folder on the input beside it; the environment chooses the kernel
 WORKER = """
 import sys
@@ -403,7 +403,7 @@ def test_attention_in_place_writes_the_new_tokens_alone(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(30))
 def test_token_prune_equals_the_reference_exactly(
     seed: int,
     mode: str,
@@ -413,7 +413,7 @@ def test_token_prune_equals_the_reference_exactly(
     run: Callable[..., Any],
 ) -> None:
     inputs, attributes = prune_case(seed, mode)
-    outputs = ["pruned", "kept_indices", "lengths"][: 2 + seed % 2]
+    outputs = ["pruned", "kept_indices", "lengths", "token_map"][: 2 + seed % 3]
     model = make_model("TokenPrune", inputs, outputs, **attributes)
     expected = reference_prune.token_prune(*inputs.values(), **attributes)
     results = run(model, inputs, library=library, threads=1 + seed // 2 % 2)
@@ -423,7 +423,7 @@ def test_token_prune_equals_the_reference_exactly(
         np.testing.assert_array_equal(output, wanted)
 
 
-@pytest.mark.parametrize("mode", ["maxmin", "mmr"])
+@pytest.mark.parametrize("mode", ["maxmin", "mmr", "dpp", "coverage"])
 def test_token_prune_agrees_on_real_features(
     mode: str, library: str, make_model: Callable[..., Any], run: Callable[..., Any]
 ) -> None:

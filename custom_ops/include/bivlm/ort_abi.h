@@ -34,6 +34,7 @@ enum class ElementType : int {
   kUndefined = 0,
   kFloat32 = 1,
   kUint8 = 2,
+  kInt8 = 3,
   kUint16 = 4,
   kInt32 = 6,
   kInt64 = 7,

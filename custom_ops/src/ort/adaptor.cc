@@ -100,6 +100,8 @@ std::string Text(ElementType type) {
   switch (type) {
     case ElementType::kFloat32:
       return "float32";
+    case ElementType::kInt8:
+      return "int8";
     case ElementType::kUint8:
       return "uint8";
     case ElementType::kUint16:

@@ -9,7 +9,6 @@ import onnx_ir as ir
 from onnx import FunctionProto
 
 from bivlm_edge.config import Fallback
-from bivlm_edge.errors import RequestError
 from bivlm_edge.export import (
     fallback,
     fallback_attention,
@@ -17,6 +16,9 @@ from bivlm_edge.export import (
     fallback_prune,
     schemas,
 )
+from bivlm_edge.export.prune_configuration import TokenPruneConfiguration
+
+_PRUNE_WORDS = ("score_reduce", "first", "similarity", "merge", "order")
 
 
 def attach(model: ir.Model, kind: Fallback) -> None:
@@ -80,31 +82,20 @@ def _order_kind(order: ir.Value | None, padded_columns: int) -> fallback.Order:
     return "columns" if tensor.size == padded_columns else "chunks"
 
 
-def _token_prune_configuration(node: ir.Node) -> fallback_prune.TokenPruneConfiguration:
+def _token_prune_configuration(node: ir.Node) -> TokenPruneConfiguration:
     inputs = [*node.inputs, None, None, None, None][:5]
     attributes = node.attributes
-    for name, default in (
-        ("score_reduce", "mean"),
-        ("first", "auto"),
-        ("similarity", "cosine"),
-        ("merge", "none"),
-        ("order", "input"),
-    ):
-        word = attributes.get_string(name, default)
-        if word != default:
-            raise RequestError(
-                f"TokenPrune {name} '{word}' has no fallback in standard operators: run it with "
-                "the operator library"
-            )
-    return fallback_prune.TokenPruneConfiguration(
+    return TokenPruneConfiguration(
         mode=attributes.get_string("mode", "mmr") or "mmr",
         scores=inputs[1] is not None,
         segments=inputs[2] is not None,
         keep=inputs[3] is not None,
         metric=inputs[4] is not None,
         lengths=len(node.outputs) > 2,
+        token_map=len(node.outputs) > 3,
         keep_count=attributes["keep_count"].as_int() if "keep_count" in attributes else -1,
         keep_ratio=attributes["keep_ratio"].as_float() if "keep_ratio" in attributes else -1.0,
         min_keep=attributes["min_keep"].as_int() if "min_keep" in attributes else 1,
         theta=attributes["theta"].as_float() if "theta" in attributes else 0.5,
+        **{name: attributes[name].as_string() for name in _PRUNE_WORDS if name in attributes},
     )

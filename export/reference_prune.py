@@ -297,7 +297,7 @@ def _determinantal(k: int, z: Floats, theta: float, similarity: Floats) -> list[
     factors = np.zeros((0, n))
     chosen: list[int] = []
     while len(chosen) < k:
-        left = residual > 1e-6 * own
+        left = residual > 1e-4 * own
         left[chosen] = False
         candidates = np.flatnonzero(left)
         if len(candidates) == 0:

@@ -162,13 +162,11 @@ def single_node_model(
     )
 
 
-def draw_prune_case(
-    seed: int, mode: str, *, choices: bool = True
-) -> tuple[dict[str, Array | None], dict[str, Any]]:
+def draw_prune_case(seed: int, mode: str) -> tuple[dict[str, Array | None], dict[str, Any]]:
     """Return inputs and attributes of TokenPrune for which float32 arithmetic is exact.
 
     Features are +-2^i in 16 or 4 channels, so that norms are powers of two; scores are eighths.
-    With `choices` most cases have heads of scores, counts per segment, merging and the like.
+    Two of three cases have heads of scores, counts per segment, merging and the like.
     """
     rng = np.random.default_rng([seed, *mode.encode()])
     batch = int(rng.choice([1, 2, 3, 0], p=[0.4, 0.4, 0.15, 0.05]))
@@ -218,7 +216,7 @@ def draw_prune_case(
         attributes["seed"] = int(rng.integers(-(1 << 62), 1 << 62))
     if mode == "dpp":
         attributes["theta"] = float(rng.choice([0, 0.25, 0.5, 1]))
-    if choices and seed % 3:
+    if seed % 3:
         _draw_choices(rng, inputs, attributes)
     return inputs, attributes
 
@@ -366,5 +364,5 @@ def attention_case() -> Callable[[int], tuple[dict[str, Array], dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def prune_case() -> Callable[..., tuple[dict[str, Array | None], dict[str, Any]]]:
+def prune_case() -> Callable[[int, str], tuple[dict[str, Array | None], dict[str, Any]]]:
     return draw_prune_case

@@ -710,7 +710,7 @@ inline std::vector<std::size_t> ReferenceSelect(const ReferencePrune& p, int32_t
     std::vector<double> value(n);
     std::vector<bool> closed = chosen;
     for (std::size_t i = 0; i < n; ++i) {
-      closed[i] = closed[i] || !(residual[i] > 1e-6 * similar[i][i]);
+      closed[i] = closed[i] || !(residual[i] > 1e-4 * similar[i][i]);
       const double weight = theta < 1 ? theta / (1 - theta) * z[i] : 2 * std::log(z[i] + 1e-6);
       value[i] = closed[i] ? 0.0 : weight + std::log(double{static_cast<float>(residual[i])});
     }

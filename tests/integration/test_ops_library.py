@@ -22,7 +22,8 @@ from bivlm_edge.export import reference, reference_prune, schemas
 from bivlm_edge.export.fallback import BinaryMatMulConfiguration, binary_matmul_function
 from bivlm_edge.export.fallback_attention import group_query_attention_function
 from bivlm_edge.export.fallback_gated_silu import gated_silu_function
-from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prune_function
+from bivlm_edge.export.fallback_prune import token_prune_function
+from bivlm_edge.export.prune_configuration import TokenPruneConfiguration
 
 Array = NDArray[Any]
 CONSTANTS = ("codes", "coefficients", "signs", "order")
@@ -423,13 +424,17 @@ def test_token_prune_equals_the_reference_exactly(
         np.testing.assert_array_equal(output, wanted)
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("mode", ["maxmin", "mmr", "dpp", "coverage"])
 def test_token_prune_agrees_on_real_features(
-    mode: str, library: str, make_model: Callable[..., Any], run: Callable[..., Any]
+    mode: str, alike: bool, library: str, make_model: Callable[..., Any], run: Callable[..., Any]
 ) -> None:
     rng = np.random.default_rng(7)
+    hidden = rng.standard_normal((2, 576, 64))
+    if alike:  # cosines of 0.99999, as a plain background has
+        hidden[:, 60:] = hidden[:, :1] + 3e-3 * hidden[:, 60:]
     inputs: dict[str, Any] = {
-        "hidden": rng.standard_normal((2, 576, 64)).astype(np.float32),
+        "hidden": hidden.astype(np.float32),
         "scores": rng.random((2, 576), dtype=np.float32),
         "segments": None,
         "keep": np.array([64]),

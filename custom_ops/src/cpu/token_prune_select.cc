@@ -145,7 +145,7 @@ std::size_t MostIsolated(TokenSimilarity* similarity) {
 // Process to Improve Recommendation Diversity, NeurIPS 2018).
 Positions Determinantal(TokenSimilarity* similarity, const std::vector<double>& z, double theta,
                         std::size_t k) {
-  constexpr double kSpanned = 1e-6;         // of a token's own similarity
+  constexpr double kSpanned = 1e-4;         // of a token's own similarity
   constexpr std::size_t kPart = 64 * 1024;  // products that a task takes at least
   const TokenSet& all = similarity->all();
   const std::size_t n = all.size();

@@ -404,6 +404,35 @@ void LargeAndExtreme(Checker* check) {
   }
 }
 
+// The loops over numbers of tokens with every tail, on integers: exact in any order.
+void LoopsOverTokens(Checker* check) {
+  std::mt19937_64 random(5);
+  for (std::size_t count = 0; count <= 50; ++count) {
+    std::vector<double> a(count);
+    std::vector<double> b(count);
+    std::vector<float> similarity(count);
+    std::vector<float> covered(count);
+    double product = 0.0;
+    double uncovered = 0.0;
+    for (std::size_t i = 0; i < count; ++i) {
+      a[i] = static_cast<double>(random() % 99) - 50;
+      b[i] = static_cast<double>(random() % 99) - 50;
+      similarity[i] = static_cast<float>(random() % 9) - 4.0F;
+      covered[i] = static_cast<float>(random() % 4);
+      product += a[i] * b[i];
+      uncovered += a[i] * std::max(0.0, double{similarity[i]} - double{covered[i]});
+    }
+    for (const TokenPruneKernel& kernel : TokenPruneKernels()) {
+      if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+      check->Expect(kernel.functions->product(a.data(), b.data(), count) == product, kernel.name,
+                    ": product of ", count);
+      check->Expect(kernel.functions->uncovered(similarity.data(), covered.data(), a.data(),
+                                                count) == uncovered,
+                    kernel.name, ": uncovered of ", count);
+    }
+  }
+}
+
 void Modes(Checker* check) {
   TokenPruneMode mode = TokenPruneMode::kNone;
   check->Expect(ParseChoice(kTokenPruneModes, "maxmin", &mode) && mode == TokenPruneMode::kMaxmin,
@@ -421,6 +450,7 @@ int main() {
   bivlm::testing::Modes(&check);
   bivlm::testing::CountRule(&check);
   bivlm::testing::PhiloxKnownAnswers(&check);
+  bivlm::testing::LoopsOverTokens(&check);
   bivlm::testing::EdgeCases(&check);
   bivlm::testing::IntegerFeatures(&check);
   bivlm::testing::RealFeatures(&check);

@@ -43,9 +43,8 @@ struct TokenPruneFunctions {
   // The sum of weights[i] * max(0, similarity[i] - covered[i]) over all i < count.
   double (*uncovered)(const float* similarity, const float* covered, const double* weights,
                       std::size_t count);
-  // values[i] -= sum of weights[t] * factors[t * stride + i] over t < terms, for all i < count.
-  void (*subtract_products)(const double* factors, std::size_t stride, const double* weights,
-                            std::size_t terms, double* values, std::size_t count);
+  // The sum of a[i] * b[i] over all i < count.
+  double (*product)(const double* a, const double* b, std::size_t count);
 };
 
 struct TokenPruneKernel {

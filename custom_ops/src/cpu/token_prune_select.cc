@@ -50,60 +50,103 @@ Positions Random(int64_t seed, int32_t segment, std::size_t n, std::size_t k) {
   return LargestKeys(keys, k);
 }
 
-// Adds tokens to `chosen` until there are k: again and again the largest
-// theta * bonus - (1 - theta) * (largest similarity to any chosen token).
-class FarthestTokens {
+// The choices of a greedy mode whose gains only fall while the chosen set grows, rounding included:
+// an old gain bounds a new one, and few have to be computed anew (M. Minoux: Accelerated greedy
+// algorithms for maximizing submodular set functions, 1978). Of equal gains the lower token wins.
+template <typename Gain>
+class LazyQueue {
  public:
-  // `nearest` has that similarity of every candidate.
-  FarthestTokens(TokenSimilarity* similarity, TokenSet candidates, std::vector<float> nearest)
-      : similarity_(*similarity),
-        candidates_(std::move(candidates)),
-        nearest_(std::move(nearest)),
-        fresh_(candidates_.size()) {}
+  struct Entry {
+    Gain gain;
+    std::size_t token;
+    std::size_t seen;  // chosen tokens that the gain knows of
+  };
 
-  void Take(std::size_t candidate) {
-    const std::size_t position = candidates_.positions[candidate];
-    candidates_.Erase(candidate);
-    nearest_.erase(nearest_.begin() + static_cast<std::ptrdiff_t>(candidate));
-    similarity_.From(position, candidates_, fresh_.data());
-    for (std::size_t i = 0; i < candidates_.size(); ++i) {
-      nearest_[i] = std::max(nearest_[i], fresh_[i]);
-    }
-  }
+  explicit LazyQueue(std::vector<Entry> entries) : queue_(IsWorse(), std::move(entries)) {}
 
-  void Fill(const std::vector<double>& bonus, double theta, std::size_t k, Positions* chosen) {
-    while (chosen->size() < k) {
-      std::size_t best = 0;
-      double best_value = 0.0;
-      for (std::size_t i = 0; i < candidates_.size(); ++i) {
-        const double value =
-            theta * bonus[candidates_.positions[i]] - (1.0 - theta) * double{nearest_[i]};
-        if (i == 0 || value > best_value) {
-          best = i;
-          best_value = value;
-        }
+  // The best token among those whose gain knows of all `count` chosen ones, or false if none is
+  // left. refresh(entries) brings entries up to date; those that it drops do not come back.
+  template <typename Refresh>
+  bool Pop(std::size_t count, const Refresh& refresh, std::size_t* token) {
+    constexpr std::size_t kBatch = 16;
+    while (!queue_.empty()) {
+      if (queue_.top().seen == count) {
+        *token = queue_.top().token;
+        queue_.pop();
+        return true;
       }
-      chosen->push_back(candidates_.positions[best]);
-      if (chosen->size() < k) Take(best);
+      std::vector<Entry> stale;
+      while (!queue_.empty() && stale.size() < kBatch && queue_.top().seen < count) {
+        stale.push_back(queue_.top());
+        queue_.pop();
+      }
+      refresh(&stale);
+      for (const Entry& entry : stale) queue_.push(entry);
     }
+    return false;
   }
 
  private:
-  TokenSimilarity& similarity_;
-  TokenSet candidates_;
-  std::vector<float> nearest_;
-  std::vector<float> fresh_;
+  struct IsWorse {
+    bool operator()(const Entry& a, const Entry& b) const {
+      return a.gain < b.gain || (a.gain == b.gain && a.token > b.token);
+    }
+  };
+  std::priority_queue<Entry, std::vector<Entry>, IsWorse> queue_;
 };
+
+std::vector<TokenSimilarity::Request> RequestsOf(
+    const std::vector<LazyQueue<double>::Entry>& entries) {
+  std::vector<TokenSimilarity::Request> requests;
+  for (const auto& entry : entries) requests.push_back({entry.token, entry.seen});
+  return requests;
+}
+
+// Adds tokens to `chosen` until there are k: again and again the largest
+// theta * bonus - (1 - theta) * (largest similarity to any chosen token). `nearest` has that
+// similarity of each token to the first `seen` ones of `chosen`.
+Positions FillFarthest(TokenSimilarity* similarity, const std::vector<double>& bonus, double theta,
+                       std::size_t k, Positions chosen, std::vector<float> nearest,
+                       const std::vector<std::size_t>& seen) {
+  const std::size_t n = similarity->all().size();
+  const auto gain = [&](std::size_t token) {
+    return theta * bonus[token] - (1.0 - theta) * double{nearest[token]};
+  };
+  std::vector<bool> is_chosen(n, false);
+  for (const std::size_t token : chosen) is_chosen[token] = true;
+  std::vector<LazyQueue<double>::Entry> entries;
+  for (std::size_t token = 0; token < n; ++token) {
+    if (!is_chosen[token]) entries.push_back({gain(token), token, seen[token]});
+  }
+  LazyQueue<double> queue(std::move(entries));
+  TokenSet taken = similarity->Subset(chosen);
+  std::size_t best = 0;
+  const auto refresh = [&](std::vector<LazyQueue<double>::Entry>* stale) {
+    similarity->ForRequests(RequestsOf(*stale), taken,
+                            [&](std::size_t r, std::size_t, float value) {
+                              float& largest = nearest[(*stale)[r].token];
+                              largest = std::max(largest, value);
+                            });
+    for (auto& entry : *stale) {
+      entry.gain = gain(entry.token);
+      entry.seen = taken.size();
+    }
+  };
+  while (chosen.size() < k && queue.Pop(chosen.size(), refresh, &best)) {
+    chosen.push_back(best);
+    similarity->Add(best, &taken);
+  }
+  return chosen;
+}
 
 Positions Farthest(TokenSimilarity* similarity, std::size_t first, const std::vector<double>& bonus,
                    double theta, std::size_t k) {
   const std::size_t n = similarity->all().size();
-  Positions chosen = {first};
-  if (k == 1) return chosen;
-  FarthestTokens farthest(similarity, similarity->all(), std::vector<float>(n, -kLargestFloat));
-  farthest.Take(first);
-  farthest.Fill(bonus, theta, k, &chosen);
-  return chosen;
+  if (k == 1) return {first};
+  std::vector<float> nearest(n);
+  similarity->From(first, similarity->all(), nearest.data());
+  return FillFarthest(similarity, bonus, theta, k, {first}, std::move(nearest),
+                      std::vector<std::size_t>(n, 1));
 }
 
 // Calls body(begin, count, block) for blocks of tokens: block[q * stride + i] is the similarity of
@@ -142,79 +185,66 @@ std::size_t MostIsolated(TokenSimilarity* similarity) {
 
 // The greedy choice of a determinantal point process, by a Cholesky factorization that grows with
 // the chosen set (L. Chen, G. Zhang, E. Zhou: Fast Greedy MAP Inference for Determinantal Point
-// Process to Improve Recommendation Diversity, NeurIPS 2018).
+// Process to Improve Recommendation Diversity, NeurIPS 2018), each token's row of it only as far
+// as it is needed (S. Hemmi, T. Oki, S. Sakaue, K. Fujii, S. Iwata: Lazy and Fast Greedy MAP
+// Inference for Determinantal Point Process, NeurIPS 2022).
 Positions Determinantal(TokenSimilarity* similarity, const std::vector<double>& z, double theta,
                         std::size_t k) {
-  constexpr double kSpanned = 1e-4;         // of a token's own similarity
-  constexpr std::size_t kPart = 64 * 1024;  // products that a task takes at least
-  const TokenSet& all = similarity->all();
-  const std::size_t n = all.size();
+  constexpr double kSpanned = 1e-4;  // of a token's own similarity
+  using Entry = LazyQueue<double>::Entry;
+  const std::size_t n = similarity->all().size();
   std::vector<double> weight(n);
   std::vector<double> residual(n);
   std::vector<double> limit(n);
-  std::vector<bool> is_chosen(n, false);
+  const auto gain = [&](std::size_t token) {
+    return weight[token] + std::log(double{static_cast<float>(residual[token])});
+  };
+  std::vector<Entry> entries;
   for (std::size_t i = 0; i < n; ++i) {
     weight[i] = theta < 1.0 ? theta / (1.0 - theta) * z[i] : 2.0 * std::log(z[i] + 1e-6);
     residual[i] = double{similarity->Own(i)};
     limit[i] = kSpanned * residual[i];
+    if (residual[i] > limit[i]) entries.push_back({gain(i), i, 0});
   }
+  LazyQueue<double> queue(std::move(entries));
   std::vector<float> nearest(n, -kLargestFloat);
-  std::vector<float> fresh(n);
-  std::vector<double> factors(k * n);  // a row per choice
-  std::vector<double> of_best(k);
+  std::vector<std::size_t> seen(n, 0);
+  std::vector<double> factors(n * k);  // a row per token
+  std::vector<double> pivots;
   Positions chosen;
-  while (chosen.size() < k) {
-    std::size_t best = n;
-    double best_value = 0.0;
-    for (std::size_t i = 0; i < n; ++i) {
-      if (is_chosen[i] || !(residual[i] > limit[i])) continue;
-      const double value = weight[i] + std::log(double{static_cast<float>(residual[i])});
-      if (best == n || value > best_value) {
-        best = i;
-        best_value = value;
-      }
+  TokenSet taken;
+  const auto refresh = [&](std::vector<Entry>* stale) {
+    similarity->ForRequests(
+        RequestsOf(*stale), taken, [&](std::size_t r, std::size_t t, float value) {
+          const std::size_t token = (*stale)[r].token;
+          double* row = factors.data() + token * k;
+          const double* other = factors.data() + chosen[t] * k;
+          row[t] = (double{value} - similarity->functions().product(row, other, t)) / pivots[t];
+          residual[token] -= row[t] * row[t];
+          nearest[token] = std::max(nearest[token], value);
+        });
+    std::vector<Entry> left;
+    for (const Entry& entry : *stale) {
+      seen[entry.token] = taken.size();
+      if (!(residual[entry.token] > limit[entry.token])) continue;
+      left.push_back({gain(entry.token), entry.token, taken.size()});
     }
-    if (best == n) break;
-    const std::size_t step = chosen.size();
+    *stale = std::move(left);
+  };
+  std::size_t best = 0;
+  while (chosen.size() < k && queue.Pop(chosen.size(), refresh, &best)) {
     chosen.push_back(best);
-    is_chosen[best] = true;
-    if (chosen.size() == k) return chosen;
-
-    similarity->From(best, all, fresh.data());
-    double* row = factors.data() + step * n;
-    for (std::size_t t = 0; t < step; ++t) of_best[t] = factors[t * n + best];
-    const double pivot = std::sqrt(residual[best]);
-    const std::size_t parts = std::clamp<std::size_t>(n * (step + 1) / kPart, 1, n);
-    similarity->executor().For(parts, [&](std::size_t part) {
-      const std::size_t begin = n * part / parts;
-      const std::size_t end = n * (part + 1) / parts;
-      for (std::size_t i = begin; i < end; ++i) row[i] = double{fresh[i]};
-      similarity->functions().subtract_products(factors.data() + begin, n, of_best.data(), step,
-                                                row + begin, end - begin);
-      for (std::size_t i = begin; i < end; ++i) {
-        row[i] /= pivot;
-        residual[i] -= row[i] * row[i];
-        nearest[i] = std::max(nearest[i], fresh[i]);
-      }
-    });
+    similarity->Add(best, &taken);
+    pivots.push_back(std::sqrt(residual[best]));
   }
-
-  Positions left;
-  std::vector<float> nearest_left;
-  for (std::size_t i = 0; i < n; ++i) {
-    if (is_chosen[i]) continue;
-    left.push_back(i);
-    nearest_left.push_back(nearest[i]);
-  }
-  FarthestTokens farthest(similarity, similarity->Subset(left), std::move(nearest_left));
-  farthest.Fill(std::vector<double>(n, 0.0), 0.0, k, &chosen);
-  return chosen;
+  if (chosen.size() == k) return chosen;
+  return FillFarthest(similarity, std::vector<double>(n, 0.0), 0.0, k, std::move(chosen),
+                      std::move(nearest), seen);
 }
 
-// Greedy facility location. A gain only falls while the chosen set grows, rounding included, so
-// that an old gain bounds a new one and few have to be computed anew (M. Minoux: Accelerated greedy
-// algorithms for maximizing submodular set functions, 1978).
+// Greedy facility location.
 Positions Covering(TokenSimilarity* similarity, const std::vector<double>& z, std::size_t k) {
+  using Entry = LazyQueue<float>::Entry;
   const std::size_t n = similarity->all().size();
   std::vector<float> matrix(n * n);
   ForUpperBlocks(similarity,
@@ -233,31 +263,21 @@ Positions Covering(TokenSimilarity* similarity, const std::vector<double>& z, st
     return static_cast<float>(
         similarity->functions().uncovered(matrix.data() + token * n, covered.data(), z.data(), n));
   };
-
-  struct Candidate {
-    float gain;
-    std::size_t token;
-    std::size_t computed;  // before this choice
-  };
-  const auto is_worse = [](const Candidate& a, const Candidate& b) {
-    return a.gain < b.gain || (a.gain == b.gain && a.token > b.token);
-  };
-  std::vector<Candidate> start(n);
-  similarity->executor().For(n, [&](std::size_t token) { start[token] = {gain(token), token, 0}; });
-  std::priority_queue<Candidate, std::vector<Candidate>, decltype(is_worse)> queue(
-      is_worse, std::move(start));
+  std::vector<Entry> entries(n);
+  similarity->executor().For(n,
+                             [&](std::size_t token) { entries[token] = {gain(token), token, 0}; });
+  LazyQueue<float> queue(std::move(entries));
   Positions chosen;
-  while (chosen.size() < k) {
-    Candidate best = queue.top();
-    queue.pop();
-    if (best.computed < chosen.size()) {
-      best.gain = gain(best.token);
-      best.computed = chosen.size();
-      queue.push(best);
-      continue;
-    }
-    chosen.push_back(best.token);
-    const float* row = matrix.data() + best.token * n;
+  std::size_t best = 0;
+  const auto refresh = [&](std::vector<Entry>* stale) {
+    similarity->executor().For(stale->size(), [&](std::size_t i) {
+      Entry& entry = (*stale)[i];
+      entry = {gain(entry.token), entry.token, chosen.size()};
+    });
+  };
+  while (chosen.size() < k && queue.Pop(chosen.size(), refresh, &best)) {
+    chosen.push_back(best);
+    const float* row = matrix.data() + best * n;
     for (std::size_t i = 0; i < n; ++i) covered[i] = std::max(covered[i], row[i]);
   }
   return chosen;

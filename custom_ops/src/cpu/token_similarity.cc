@@ -14,13 +14,6 @@ constexpr std::size_t kTaskFeatures = 131072;
 
 }  // namespace
 
-void TokenSet::Erase(std::size_t at) {
-  const auto offset = static_cast<std::ptrdiff_t>(at);
-  positions.erase(positions.begin() + offset);
-  rows.erase(rows.begin() + offset);
-  norms.erase(norms.begin() + offset);
-}
-
 TokenSimilarity::TokenSimilarity(const TokenPruneKernel& kernel, const TokenPruneArgs& args,
                                  std::size_t row, const std::vector<uint32_t>& tokens,
                                  const Executor& executor)
@@ -42,12 +35,14 @@ TokenSimilarity::TokenSimilarity(const TokenPruneKernel& kernel, const TokenPrun
 
 TokenSet TokenSimilarity::Subset(const std::vector<std::size_t>& positions) const {
   TokenSet subset;
-  for (const std::size_t position : positions) {
-    subset.positions.push_back(position);
-    subset.rows.push_back(all_.rows[position]);
-    subset.norms.push_back(all_.norms[position]);
-  }
+  for (const std::size_t position : positions) Add(position, &subset);
   return subset;
+}
+
+void TokenSimilarity::Add(std::size_t position, TokenSet* set) const {
+  set->positions.push_back(position);
+  set->rows.push_back(all_.rows[position]);
+  set->norms.push_back(all_.norms[position]);
 }
 
 float TokenSimilarity::Own(std::size_t position) const {

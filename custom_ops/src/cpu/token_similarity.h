@@ -3,6 +3,7 @@
 #ifndef BIVLM_CPU_TOKEN_SIMILARITY_H_
 #define BIVLM_CPU_TOKEN_SIMILARITY_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -19,7 +20,6 @@ struct TokenSet {
   std::vector<double> norms;
 
   std::size_t size() const { return positions.size(); }
-  void Erase(std::size_t at);
 };
 
 class TokenSimilarity {
@@ -30,6 +30,7 @@ class TokenSimilarity {
 
   const TokenSet& all() const { return all_; }
   TokenSet Subset(const std::vector<std::size_t>& positions) const;
+  void Add(std::size_t position, TokenSet* set) const;
   const Executor& executor() const { return executor_; }
   const TokenPruneFunctions& functions() const { return *kernel_.functions; }
 
@@ -38,6 +39,15 @@ class TokenSimilarity {
 
   // out[i] = similarity of token `of` and token i of `to`.
   void From(std::size_t of, const TokenSet& to, float* out);
+
+  // use(r, i, value) with the similarity of token requests[r].token and token i of `to`, for all i
+  // from requests[r].begin on, rising. Requests are served side by side: `use` must not throw.
+  struct Request {
+    std::size_t token;
+    std::size_t begin;
+  };
+  template <typename Use>
+  void ForRequests(const std::vector<Request>& requests, const TokenSet& to, const Use& use);
 
   // out[q * stride + i] = similarity of token q of `queries` and token i of `to`.
   void Between(const TokenSet& queries, const TokenSet& to, float* out, std::size_t stride);
@@ -63,6 +73,32 @@ class TokenSimilarity {
   std::vector<float> queries_;
   std::vector<double> scales_;
 };
+
+template <typename Use>
+void TokenSimilarity::ForRequests(const std::vector<Request>& requests, const TokenSet& to,
+                                  const Use& use) {
+  queries_.resize(std::max(queries_.size(), requests.size() * args_.dim));
+  executor_.For(requests.size(), [&](std::size_t r) {
+    constexpr std::size_t kBlock = 32;
+    float dots[kBlock];
+    float* query = queries_.data() + r * args_.dim;
+    const std::size_t token = requests[r].token;
+    const double norm = all_.norms[token];
+    const double scale = norm > 0.0 ? LoadQuery(all_.rows[token], norm, query) : 0.0;
+    for (std::size_t begin = requests[r].begin; begin < to.size(); begin += kBlock) {
+      TokenPruneRows rows;
+      rows.type = args_.metric_type;
+      rows.features = args_.metric;
+      rows.dim = args_.dim;
+      rows.index = to.rows.data() + begin;
+      rows.count = std::min(kBlock, to.size() - begin);
+      if (norm > 0.0) functions().dots(rows, query, 1, dots, 0);
+      for (std::size_t i = 0; i < rows.count; ++i) {
+        use(r, begin + i, Similarity(dots[i], scale, norm, to.norms[begin + i]));
+      }
+    }
+  });
+}
 
 }  // namespace bivlm
 

@@ -8,7 +8,6 @@
 #include <algorithm>
 
 #include "bivlm/token_prune.h"
-#include "token_prune_loops.h"
 
 namespace bivlm {
 namespace {
@@ -201,8 +200,25 @@ double Uncovered(const float* similarity, const float* covered, const double* we
   return total;
 }
 
+double Product(const double* a, const double* b, std::size_t count) {
+  constexpr std::size_t kDoubles = 4;
+  __m256d even = _mm256_setzero_pd();
+  __m256d odd = _mm256_setzero_pd();
+  std::size_t i = 0;
+  for (; i + 2 * kDoubles <= count; i += 2 * kDoubles) {
+    even = _mm256_fmadd_pd(_mm256_loadu_pd(a + i), _mm256_loadu_pd(b + i), even);
+    odd =
+        _mm256_fmadd_pd(_mm256_loadu_pd(a + i + kDoubles), _mm256_loadu_pd(b + i + kDoubles), odd);
+  }
+  double lanes[kDoubles];
+  _mm256_storeu_pd(lanes, _mm256_add_pd(even, odd));
+  double total = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
 }  // namespace
 
-const TokenPruneFunctions TokenPruneAvx2 = {SquaredNorms, Dots, Uncovered, SubtractProducts};
+const TokenPruneFunctions TokenPruneAvx2 = {SquaredNorms, Dots, Uncovered, Product};
 
 }  // namespace bivlm

@@ -8,7 +8,6 @@
 #include <algorithm>
 
 #include "bivlm/token_prune.h"
-#include "token_prune_loops.h"
 
 namespace bivlm {
 namespace {
@@ -167,8 +166,26 @@ double Uncovered(const float* similarity, const float* covered, const double* we
   return _mm512_reduce_add_pd(sum);
 }
 
+double Product(const double* a, const double* b, std::size_t count) {
+  constexpr std::size_t kDoubles = 8;
+  __m512d even = _mm512_setzero_pd();
+  __m512d odd = _mm512_setzero_pd();
+  std::size_t i = 0;
+  for (; i + 2 * kDoubles <= count; i += 2 * kDoubles) {
+    even = _mm512_fmadd_pd(_mm512_loadu_pd(a + i), _mm512_loadu_pd(b + i), even);
+    odd =
+        _mm512_fmadd_pd(_mm512_loadu_pd(a + i + kDoubles), _mm512_loadu_pd(b + i + kDoubles), odd);
+  }
+  for (; i < count; i += kDoubles) {
+    const auto mask = static_cast<__mmask8>((1U << std::min(kDoubles, count - i)) - 1U);
+    even = _mm512_fmadd_pd(_mm512_maskz_loadu_pd(mask, a + i), _mm512_maskz_loadu_pd(mask, b + i),
+                           even);
+  }
+  return _mm512_reduce_add_pd(_mm512_add_pd(even, odd));
+}
+
 }  // namespace
 
-const TokenPruneFunctions TokenPruneAvx512 = {SquaredNorms, Dots, Uncovered, SubtractProducts};
+const TokenPruneFunctions TokenPruneAvx512 = {SquaredNorms, Dots, Uncovered, Product};
 
 }  // namespace bivlm

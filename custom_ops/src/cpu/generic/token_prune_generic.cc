@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "bivlm/token_prune.h"
-#include "token_prune_loops.h"
 
 namespace bivlm {
 namespace {
@@ -84,8 +83,18 @@ double Uncovered(const float* similarity, const float* covered, const double* we
   return sum;
 }
 
+double Product(const double* a, const double* b, std::size_t count) {
+  double sums[kLanes] = {};
+  std::size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
+  }
+  for (; i < count; ++i) sums[0] += a[i] * b[i];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 }  // namespace
 
-const TokenPruneFunctions TokenPruneGeneric = {SquaredNorms, Dots, Uncovered, SubtractProducts};
+const TokenPruneFunctions TokenPruneGeneric = {SquaredNorms, Dots, Uncovered, Product};
 
 }  // namespace bivlm

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -225,3 +226,20 @@ def test_token_prune_refuses(
     with pytest.raises(REFUSALS, match="TokenPrune") as error:
         run(model, inputs, library=library)
     assert re.search(words, str(error.value)), error.value
+
+
+@pytest.mark.parametrize("given", [{"mode": "mmr"}, {"mode": "dpp", "merge": "score_weighted"}])
+def test_token_prune_without_its_scores_does_not_load(
+    given: dict[str, str], library: str, make_model: Callable[..., Any]
+) -> None:
+    inputs = {
+        "hidden": np.zeros((2, 6, 4), np.float32),
+        "scores": None,
+        "segments": np.zeros((2, 6), np.int32),
+    }
+    model = make_model("TokenPrune", inputs, ["pruned", "kept_indices"], **given)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(library)
+    with pytest.raises(REFUSALS, match=r"TokenPrune.*needs the input scores"):
+        ort.InferenceSession(model.SerializeToString(), options)

@@ -215,6 +215,15 @@ std::vector<int64_t> IntsAttribute(const Api* api, const KernelInfo* info, const
   return values;
 }
 
+bool HasInput(const Api* api, const KernelInfo* info, std::size_t index) {
+  std::size_t count = 0;
+  Check(KernelInfo_GetInputCount::Call(api, info, &count));
+  if (index >= count) return false;
+  std::size_t size = 0;  // with the terminator
+  Check(KernelInfo_GetInputName::Call(api, info, index, nullptr, &size));
+  return size > 1;
+}
+
 std::string NodeLabel(const Api* api, const KernelInfo* info, const char* op) {
   std::size_t size = 0;
   Check(KernelInfo_GetNodeName::Call(api, info, nullptr, &size));

@@ -99,9 +99,7 @@ Status* CreateKernel(const CustomOp*, const Api* api, const KernelInfo* info, vo
     options.theta = FloatAttribute(api, info, "theta", options.theta);
     options.seed = IntAttribute(api, info, "seed", options.seed);
     CheckOptions(options);
-    std::size_t inputs = 0;
-    Check(KernelInfo_GetInputCount::Call(api, info, &inputs));
-    if (inputs <= kScores) RefuseMissingScores(options);
+    if (!HasInput(api, info, kScores)) RefuseMissingScores(options);
 
     const std::string forced = ForcedKernel();
     kernel->kernel = SelectTokenPrune(SupportedIsa(), forced);
@@ -120,7 +118,7 @@ struct Inputs {
   Tensor metric;
 };
 
-void CheckInputs(const Kernel& kernel, const Inputs& inputs) {
+void CheckInputs(const Inputs& inputs) {
   const auto require = [](const std::string& problem) {
     if (!problem.empty()) throw InvalidArgument(problem);
   };
@@ -131,11 +129,9 @@ void CheckInputs(const Kernel& kernel, const Inputs& inputs) {
   if (tokens[0] * tokens[1] > int64_t{std::numeric_limits<int32_t>::max()}) {
     throw InvalidArgument("hidden is " + Text(inputs.hidden.dims) + ", at most 2^31 - 1 tokens");
   }
-  if (!inputs.scores) {
-    RefuseMissingScores(kernel.options);
-  } else if (inputs.scores.dims.size() != 3) {
+  if (inputs.scores && inputs.scores.dims.size() != 3) {
     require(Mismatch("scores", inputs.scores, ElementType::kFloat32, tokens));
-  } else {
+  } else if (inputs.scores) {
     const Dims by_head = {tokens[0], inputs.scores.dims[1], tokens[1]};
     require(Mismatch("scores", inputs.scores, ElementType::kFloat32, by_head));
     if (by_head[1] == 0) {
@@ -235,7 +231,7 @@ Status* Compute(void* state, KernelContext* context) noexcept {
     inputs.segments = Input(kernel.api, context, kSegments);
     inputs.keep = Input(kernel.api, context, kKeep);
     inputs.metric = Input(kernel.api, context, kMetric);
-    CheckInputs(kernel, inputs);
+    CheckInputs(inputs);
 
     const Tensor& metric = inputs.metric ? inputs.metric : inputs.hidden;
     TokenPruneArgs args;

@@ -13,7 +13,7 @@ from bivlm_edge.quant import methods
 Grid = Literal["minmax", "lloyd"]
 Importance = Literal["none", "vlmq", "loss"]
 Tuning = Literal["none", "blocks", "end-to-end", "both"]
-PruneMode = Literal["mmr", "maxmin", "topk_score", "uniform", "random"]
+PruneMode = Literal["mmr", "maxmin", "topk_score", "dpp", "coverage", "uniform", "random"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
 
@@ -244,7 +244,7 @@ class PruneConfig:
         mode: One of PRUNE_MODES.
         keep_ratio: Fraction of each image's tokens that is kept, 0 < ratio <= 1; 1 keeps all and
             puts no TokenPrune into the graph.
-        theta: `mmr`: weight of the score against similarity.
+        theta: `mmr`, `dpp`: weight of the score against similarity.
         seed: `random` only.
     """
 

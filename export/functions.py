@@ -16,6 +16,9 @@ from bivlm_edge.export import (
     fallback_prune,
     schemas,
 )
+from bivlm_edge.export.prune_configuration import TokenPruneConfiguration
+
+_PRUNE_WORDS = ("score_reduce", "first", "similarity", "merge", "order")
 
 
 def attach(model: ir.Model, kind: Fallback) -> None:
@@ -79,18 +82,20 @@ def _order_kind(order: ir.Value | None, padded_columns: int) -> fallback.Order:
     return "columns" if tensor.size == padded_columns else "chunks"
 
 
-def _token_prune_configuration(node: ir.Node) -> fallback_prune.TokenPruneConfiguration:
+def _token_prune_configuration(node: ir.Node) -> TokenPruneConfiguration:
     inputs = [*node.inputs, None, None, None, None][:5]
     attributes = node.attributes
-    return fallback_prune.TokenPruneConfiguration(
+    return TokenPruneConfiguration(
         mode=attributes.get_string("mode", "mmr") or "mmr",
         scores=inputs[1] is not None,
         segments=inputs[2] is not None,
         keep=inputs[3] is not None,
         metric=inputs[4] is not None,
         lengths=len(node.outputs) > 2,
+        token_map=len(node.outputs) > 3,
         keep_count=attributes["keep_count"].as_int() if "keep_count" in attributes else -1,
         keep_ratio=attributes["keep_ratio"].as_float() if "keep_ratio" in attributes else -1.0,
         min_keep=attributes["min_keep"].as_int() if "min_keep" in attributes else 1,
         theta=attributes["theta"].as_float() if "theta" in attributes else 0.5,
+        **{name: attributes[name].as_string() for name in _PRUNE_WORDS if name in attributes},
     )

@@ -217,10 +217,10 @@ def _picture_branch(
         )
         segments = tape.op("Where", [is_image, image, minus_one])
         prune = options.prune
-        needs_scores = prune.mode in ("mmr", "maxmin", "topk_score")
+        uses_scores = prune.mode not in ("uniform", "random")
         pruned, kept, _ = tape.op_multi_out(
             "TokenPrune",
-            [merged, row_scores if needs_scores else None, segments],
+            [merged, row_scores if uses_scores else None, segments],
             {
                 "mode": prune.mode,
                 "keep_ratio": prune.keep_ratio,

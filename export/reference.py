@@ -2,7 +2,7 @@
 
 Every other implementation is tested against this one, so it shares no code with them. The classes
 serve `onnx.reference.ReferenceEvaluator(model, new_ops=[BinaryMatMul, GatedSiLU,
-GroupQueryAttention, TokenPrune])`.
+GroupQueryAttention, TokenPrune])`. What TokenPrune computes is in reference_prune.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx.reference.op_run import OpRun
 
+from bivlm_edge.export.reference_prune import token_prune
 from bivlm_edge.export.schemas import DOMAIN
 
 Array = NDArray[Any]
@@ -104,23 +105,10 @@ class TokenPrune(OpRun):
         segments: Array | None = None,
         keep: Array | None = None,
         metric: Array | None = None,
-        mode: str | None = None,
-        keep_count: int | None = None,
-        keep_ratio: float | None = None,
-        min_keep: int | None = None,
-        theta: float | None = None,
-        seed: int | None = None,
+        **attributes: Any,
     ) -> tuple[Array, ...]:
-        given = {
-            "mode": mode,
-            "keep_count": keep_count,
-            "keep_ratio": keep_ratio,
-            "min_keep": min_keep,
-            "theta": theta,
-            "seed": seed,
-        }
-        attributes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        outputs = token_prune(hidden, scores, segments, keep, metric, **attributes)
+        given = {name: value for name, value in attributes.items() if value is not None}
+        outputs = token_prune(hidden, scores, segments, keep, metric, **given)
         return outputs[: len(self.onnx_node.output)]
 
 
@@ -265,136 +253,3 @@ def _chunk_bits(chunk: Array, plane: int, planes: int) -> Array:
         rows = [64 * t + 4 * r + e for r in range(16)]
         bits[:, :, column] = block[:, rows] >> bit & 1
     return bits.reshape(-1, 64)
-
-
-def token_prune(
-    hidden: Array,
-    scores: Array | None = None,
-    segments: Array | None = None,
-    keep: Array | None = None,
-    metric: Array | None = None,
-    *,
-    mode: str = "mmr",
-    keep_count: int = -1,
-    keep_ratio: float = -1.0,
-    min_keep: int = 1,
-    theta: float = 0.5,
-    seed: int = 0,
-) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
-    """Return `pruned`, `kept_indices` and `lengths`."""
-    if mode not in ("topk_score", "maxmin", "mmr", "uniform", "random", "none"):
-        raise ValueError(f"TokenPrune: mode '{mode}' is not in the list")
-    if scores is None and mode in ("topk_score", "mmr"):
-        raise ValueError(f"TokenPrune: mode '{mode}' needs scores")
-    if keep_count < -1:
-        raise ValueError(f"TokenPrune: keep_count is {keep_count}")
-    if not (keep_ratio == -1 or 0 <= keep_ratio <= 1) or not 0 <= theta <= 1:
-        raise ValueError(f"TokenPrune: keep_ratio {keep_ratio} or theta {theta} outside 0..1")
-    wanted = None if keep is None else int(np.asarray(keep).reshape(()))
-    if wanted is not None and wanted < 0:
-        raise ValueError(f"TokenPrune: keep is {wanted}")
-    batch, tokens, width = hidden.shape
-    groups = np.zeros((batch, tokens), dtype=np.int64) if segments is None else segments
-    if (groups < -2).any():
-        raise ValueError("TokenPrune: a segment id is below -2")
-    features = hidden if metric is None else metric
-
-    rows: list[list[int]] = []
-    for b in range(batch):
-        kept = [t for t in range(tokens) if groups[b, t] == -1]
-        for g in sorted({int(group) for group in groups[b] if group >= 0}):
-            members = np.flatnonzero(groups[b] == g)
-            k = _count(len(members), wanted, keep_count, keep_ratio, min_keep, mode)
-            s = None if scores is None else scores[b, members].astype(np.float32)
-            chosen = _select(mode, k, s, features[b, members], theta, seed, g)
-            kept += [int(members[t]) for t in chosen]
-        rows.append(sorted(kept))
-
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    longest = int(lengths.max(initial=0))
-    pruned = np.zeros((batch, longest, width), dtype=hidden.dtype)
-    indices = np.zeros((batch, longest), dtype=np.int64)
-    for b, row in enumerate(rows):
-        pruned[b, : len(row)] = hidden[b, row]
-        indices[b, : len(row)] = row
-    return pruned, indices, lengths
-
-
-def _count(
-    n: int, keep: int | None, keep_count: int, keep_ratio: float, min_keep: int, mode: str
-) -> int:
-    if mode == "none":
-        return n
-    if keep is not None:
-        return min(n, keep)
-    if keep_count != -1:
-        return min(n, max(min_keep, keep_count))
-    if keep_ratio != -1:
-        return min(n, max(min_keep, math.ceil(n * float(np.float32(keep_ratio)) - 1e-6)))
-    return n
-
-
-def _select(
-    mode: str, k: int, scores: Array | None, metric: Array, theta: float, seed: int, group: int
-) -> Sequence[int]:
-    """Return k positions inside a segment."""
-    n = len(metric)
-    if k == n:
-        return range(n)
-    if scores is not None and mode in ("topk_score", "mmr", "maxmin"):
-        if np.isnan(scores).all():
-            mode = "uniform"
-        scores = np.where(np.isnan(scores), -np.inf, scores)
-    if mode == "uniform":
-        return [(2 * i + 1) * n // (2 * k) for i in range(k)]
-    if mode == "random":
-        key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
-        return _largest([philox4x32_10((t, group, 0, 0), key)[0] for t in range(n)], k)
-    if mode == "topk_score":
-        assert scores is not None
-        return _largest(scores.tolist(), k)
-    return _greedy(mode, k, scores, metric.astype(np.float64), theta)
-
-
-def _largest(values: Sequence[float], k: int) -> list[int]:
-    return sorted(range(len(values)), key=lambda t: (-values[t], t))[:k]
-
-
-def _greedy(mode: str, k: int, scores: Array | None, metric: Array, theta: float) -> list[int]:
-    finite = np.where(np.isfinite(metric).all(axis=1, keepdims=True), metric, 0.0)
-    squares = (finite**2).sum(axis=1)
-    rows = finite / np.sqrt(np.where(squares > 0, squares, 1.0))[:, None]
-    similarity = rows @ rows.T
-    if mode == "mmr":
-        assert scores is not None
-        first = relevance = _relevance(scores.astype(np.float64))
-        weight = theta
-    else:
-        first = squares if scores is None else scores
-        relevance, weight = np.zeros(len(rows)), 0.0
-    chosen = _largest(first.tolist(), min(k, 1))
-    while len(chosen) < k:
-        gain = weight * relevance - (1 - weight) * similarity[:, chosen].max(axis=1)
-        gain[chosen] = -np.inf
-        chosen.append(int(np.argmax(gain)))
-    return chosen
-
-
-def _relevance(scores: Array) -> Array:
-    """Return z of `mmr`: the scores moved to 0..1."""
-    finite = scores[np.isfinite(scores)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
-    z = np.full(len(scores), 0.5) if high == low else (scores - low) / (high - low)
-    return np.where(scores == np.inf, 1.0, np.where(scores == -np.inf, 0.0, z))
-
-
-def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10 (J. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011)."""
-    a, b, c, d = counter
-    k0, k1 = key
-    for _ in range(10):
-        high0, low0 = divmod(0xD2511F53 * a, 1 << 32)
-        high1, low1 = divmod(0xCD9E8D57 * c, 1 << 32)
-        a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return a, b, c, d

@@ -22,7 +22,12 @@ ATTENTION_INPUTS = (
     *("seqlens_k", "total_sequence_length"),
 )
 ATTENTION_OUTPUTS = ("output", "present_key", "present_value")
-PRUNE_MODES = ("topk_score", "maxmin", "mmr", "uniform", "random", "none")
+PRUNE_MODES = ("topk_score", "maxmin", "mmr", "dpp", "coverage", "uniform", "random", "none")
+PRUNE_SCORE_REDUCTIONS = ("mean", "sum", "max")
+PRUNE_FIRST = ("auto", "max_score", "max_norm", "farthest")
+PRUNE_SIMILARITIES = ("cosine", "dot")
+PRUNE_MERGES = ("none", "mean", "score_weighted")
+PRUNE_ORDERS = ("input", "score")
 
 _Dim = int | str | None
 _Parameter = defs.OpSchema.FormalParameter
@@ -136,29 +141,38 @@ def _token_prune_schema() -> defs.OpSchema:
         DOMAIN,
         OPSET_VERSION,
         doc=(
-            "Drops prunable tokens, keeps the order of the rest, never drops text. How many tokens "
+            "Drops prunable tokens or merges them into others; never drops text. How many tokens "
             "of a segment stay, and which ones in each mode: OPS.md."
         ),
         inputs=[
             _Parameter("hidden", "T", "[B, S, D]"),
-            _optional("scores", "tensor(float)", "[B, S]"),
+            _optional("scores", "tensor(float)", "[B, S] or [B, H, S]"),
             _optional("segments", "tensor(int32)", "[B, S]: >= 0 image, -1 text, -2 padding"),
-            _optional("keep", "tensor(int64)", "one element: tokens to keep per segment"),
-            _optional("metric", "T", "[B, S, Dm] features for similarity; default hidden"),
+            _optional("keep", "tensor(int64)", "tokens per segment: one number, [B] or [B, G]"),
+            _optional("metric", "M", "[B, S, Dm] features for similarity; default hidden"),
         ],
         outputs=[
             _Parameter("pruned", "T", "[B, S', D], padded with 0 on the right"),
             _Parameter("kept_indices", "tensor(int64)", "[B, S'], padded with 0"),
             _optional("lengths", "tensor(int64)", "[B]: tokens kept"),
+            _optional("token_map", "tensor(int64)", "[B, S]: slot in pruned, or -1: dropped"),
         ],
-        type_constraints=[("T", _FLOATS, "float32 or float16")],
+        type_constraints=[
+            ("T", _FLOATS, "float32 or float16"),
+            ("M", [*_FLOATS, "tensor(int8)"], "float32, float16 or int8"),
+        ],
         attributes=[
             _default("mode", "mmr", ", ".join(PRUNE_MODES)),
             _default("keep_count", -1, "tokens per segment; before keep_ratio"),
             _default("keep_ratio", -1.0, "fraction of a segment"),
             _default("min_keep", 1, "lower bound for keep_count and keep_ratio"),
-            _default("theta", 0.5, "mmr: weight of the score against similarity"),
+            _default("theta", 0.5, "mmr, dpp: weight of the score against similarity"),
             _default("seed", 0, "random"),
+            _default("score_reduce", "mean", ", ".join(PRUNE_SCORE_REDUCTIONS)),
+            _default("first", "auto", "maxmin: " + ", ".join(PRUNE_FIRST)),
+            _default("similarity", "cosine", ", ".join(PRUNE_SIMILARITIES)),
+            _default("merge", "none", ", ".join(PRUNE_MERGES)),
+            _default("order", "input", ", ".join(PRUNE_ORDERS)),
         ],
     )
     schema.set_type_and_shape_inference_function(_reported("TokenPrune", _infer_token_prune))
@@ -295,20 +309,35 @@ def _infer_gated_silu(context: InferenceContext) -> None:
 
 
 def _infer_token_prune(context: InferenceContext) -> None:
-    given = _given(context, "mode")
-    mode = given.s.decode() if given else "mmr"
-    if mode not in PRUNE_MODES:
-        raise InferenceError(f"mode '{mode}' is none of {', '.join(PRUNE_MODES)}")
-    if mode in ("topk_score", "mmr") and not context.has_input(1):
-        raise InferenceError(f"mode '{mode}' needs the input 'scores'")
+    words = {}
+    for name, default, allowed in (
+        ("mode", "mmr", PRUNE_MODES),
+        ("score_reduce", "mean", PRUNE_SCORE_REDUCTIONS),
+        ("first", "auto", PRUNE_FIRST),
+        ("similarity", "cosine", PRUNE_SIMILARITIES),
+        ("merge", "none", PRUNE_MERGES),
+        ("order", "input", PRUNE_ORDERS),
+    ):
+        given = _given(context, name)
+        words[name] = given.s.decode() if given else default
+        if words[name] not in allowed:
+            raise InferenceError(f"{name} '{words[name]}' is none of {', '.join(allowed)}")
+    for name, needs_scores in (
+        ("mode", words["mode"] in ("topk_score", "mmr")),
+        ("first", words["mode"] == "maxmin" and words["first"] == "max_score"),
+        ("merge", words["merge"] == "score_weighted"),
+    ):
+        if needs_scores and not context.has_input(1):
+            raise InferenceError(f"{name} '{words[name]}' needs the input 'scores'")
     hidden = _dims(context, 0)
     if hidden is not None and len(hidden) != 3:
         raise InferenceError(f"hidden has shape {hidden}; it needs three axes [B, S, D]")
-    batch, width = (hidden[0], hidden[2]) if hidden is not None else (None, None)
+    batch, tokens, width = hidden if hidden is not None else (None, None, None)
     _set_output(context, 0, _element(context), [batch, None, width])
     _set_output(context, 1, TensorProto.INT64, [batch, None])
-    if context.get_num_outputs() > 2:
-        _set_output(context, 2, TensorProto.INT64, [batch])
+    for index, dims in ((2, [batch]), (3, [batch, tokens])):
+        if context.get_num_outputs() > index:
+            _set_output(context, index, TensorProto.INT64, dims)
 
 
 def _given(context: InferenceContext, name: str) -> AttributeProto | None:

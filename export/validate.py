@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from bivlm_edge import custom_ops_library
 from bivlm_edge.config import ExportConfig
 from bivlm_edge.errors import ValidationError
-from bivlm_edge.export import reference
+from bivlm_edge.export import reference_prune
 from bivlm_edge.export.parts import token_scores
 from bivlm_edge.models import VisionLanguageModel
 
@@ -111,7 +111,7 @@ class TorchOracle:
         scores = torch.zeros(is_image.shape)
         scores[is_image] = token_scores(features).reshape(-1)
         image = (is_image.cumsum(1) - 1) // self._vlm.image_tokens
-        _, indices, _ = reference.token_prune(
+        indices = reference_prune.token_prune(
             merged.numpy(),
             scores=scores.numpy(),
             segments=torch.where(is_image, image, -1).int().numpy(),
@@ -119,7 +119,7 @@ class TorchOracle:
             keep_ratio=self._prune.keep_ratio,
             theta=self._prune.theta,
             seed=self._prune.seed,
-        )
+        ).kept_indices
         return cast("NDArray[np.int64]", indices[0])
 
     @torch.no_grad()

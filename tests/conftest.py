@@ -133,7 +133,7 @@ def single_node_model(
     element = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
     first = element[next(iter(inputs))]
     types = [first] + [TensorProto.INT64] * (len(outputs) - 1)
-    ranks = [given[next(iter(inputs))].ndim, 2, 1]
+    ranks = [given[next(iter(inputs))].ndim, 2, 1, 2]
     if operator == "GroupQueryAttention":
         types, ranks = [first, element["past_key"], element["past_value"]], [3, 4, 4]
     graph = helper.make_graph(
@@ -166,6 +166,7 @@ def draw_prune_case(seed: int, mode: str) -> tuple[dict[str, Array | None], dict
     """Return inputs and attributes of TokenPrune for which float32 arithmetic is exact.
 
     Features are +-2^i in 16 or 4 channels, so that norms are powers of two; scores are eighths.
+    Two of three cases have heads of scores, counts per segment, merging and the like.
     """
     rng = np.random.default_rng([seed, *mode.encode()])
     batch = int(rng.choice([1, 2, 3, 0], p=[0.4, 0.4, 0.15, 0.05]))
@@ -213,7 +214,40 @@ def draw_prune_case(seed: int, mode: str) -> tuple[dict[str, Array | None], dict
         attributes["theta"] = float(rng.choice([0, 0.25, 0.5, 1]))
     if mode == "random":
         attributes["seed"] = int(rng.integers(-(1 << 62), 1 << 62))
+    if mode == "dpp":
+        attributes["theta"] = float(rng.choice([0, 0.25, 0.5, 1]))
+    if seed % 3:
+        _draw_choices(rng, inputs, attributes)
     return inputs, attributes
+
+
+def _draw_choices(
+    rng: np.random.Generator, inputs: dict[str, Array | None], attributes: dict[str, Any]
+) -> None:
+    """Add heads of scores, counts per row or segment, other metrics, and words, in place."""
+    hidden, scores, keep = inputs["hidden"], inputs["scores"], inputs["keep"]
+    assert hidden is not None
+    batch, tokens, _ = hidden.shape
+    if scores is not None and rng.random() < 0.4:
+        heads = [scores] + [np.roll(scores, shift, axis=1) for shift in range(rng.integers(0, 3))]
+        inputs["scores"] = np.stack(heads, axis=1)
+        attributes["score_reduce"] = str(rng.choice(["mean", "sum", "max"]))
+    if keep is not None and rng.random() < 0.6:
+        shape = (batch,) if rng.random() < 0.5 else (batch, 8)
+        inputs["keep"] = rng.integers(0, 12, shape)
+    if rng.random() < 0.4:
+        signs = rng.choice([-1.0, 1.0], (batch, tokens, 4))
+        metric = signs * 2.0 ** rng.integers(0, 3, (batch, tokens, 1))
+        inputs["metric"] = metric.astype(rng.choice([np.float32, np.float16, np.int8]))
+    if rng.random() < 0.4:
+        attributes["similarity"] = str(rng.choice(["cosine", "dot"]))
+    merges = ["none", "mean", "mean", "score_weighted"][: 3 + (scores is not None)]
+    attributes["merge"] = str(rng.choice(merges))
+    if attributes["mode"] == "maxmin":
+        firsts = ["auto", "max_norm", "farthest", "max_score"][: 3 + (scores is not None)]
+        attributes["first"] = str(rng.choice(firsts))
+    if rng.random() < 0.3:
+        attributes["order"] = "score"
 
 
 def draw_attention_case(seed: int) -> tuple[dict[str, Array], dict[str, Any]]:

@@ -540,10 +540,25 @@ struct ReferencePrune {
   std::size_t b = 1;
   std::size_t s = 0;
   std::size_t dim = 0;
-  std::vector<float> scores;      // or empty
+  std::vector<float> scores;      // (b, heads, s), or empty
   std::vector<int32_t> segments;  // or empty
-  std::vector<int64_t> keep;      // or empty
-  std::vector<double> metric;     // (b, s, dim)
+  std::vector<int64_t> keep;      // one, (b) or (b, keep_segments), or empty
+  std::size_t keep_segments = 0;
+  std::vector<double> metric;  // (b, s, dim)
+  std::size_t heads = 1;
+  std::string score_reduce = "mean";
+  std::string first = "auto";
+  std::string similarity = "cosine";
+  std::string merge = "none";
+  std::string order = "input";
+  std::size_t width = 0;
+  std::vector<float> hidden;  // (b, s, width)
+};
+
+struct ReferencePruned {
+  std::vector<std::vector<int64_t>> kept;
+  std::vector<int64_t> token_map;          // (b, s)
+  std::vector<std::vector<float>> pruned;  // of each row: (kept, width)
 };
 
 // All four words of Philox4x32-10, as Salmon et al. write it.
@@ -569,9 +584,53 @@ inline float ReferenceSimilarity(const ReferencePrune& p, std::size_t i, std::si
     ii += a * a;
     jj += c * c;
   }
-  const auto has_direction = [](double norm) { return std::isfinite(norm) && norm > 0.0; };
+  const auto has_direction = [](double norm) {
+    const float length = static_cast<float>(std::sqrt(norm));
+    return std::isfinite(length) && length > 0.0F;
+  };
   if (!has_direction(ii) || !has_direction(jj)) return 0.0F;
-  return static_cast<float>(dot / std::sqrt(ii * jj));
+  if (p.similarity == "cosine") return static_cast<float>(dot / std::sqrt(ii * jj));
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  return static_cast<float>(std::max(-kLargest, std::min(kLargest, dot)));
+}
+
+inline bool ReferenceHasDirection(const ReferencePrune& p, std::size_t i) {
+  double norm = 0.0;
+  for (std::size_t d = 0; d < p.dim; ++d) norm += std::pow(p.metric[i * p.dim + d], 2);
+  const float length = static_cast<float>(std::sqrt(norm));
+  return std::isfinite(length) && length > 0.0F;
+}
+
+// Of the token with the number `i` = row * s + token.
+inline float ReferenceScore(const ReferencePrune& p, std::size_t i) {
+  const float* scores = p.scores.data() + i / p.s * p.heads * p.s + i % p.s;
+  double total = p.score_reduce == "max" ? -std::numeric_limits<double>::infinity() : 0.0;
+  for (std::size_t h = 0; h < p.heads; ++h) {
+    const double score = scores[h * p.s];
+    if (std::isnan(score)) return std::numeric_limits<float>::quiet_NaN();
+    total = p.score_reduce == "max" ? std::max(total, score) : total + score;
+  }
+  const double divisor = p.score_reduce == "mean" ? static_cast<double>(p.heads) : 1.0;
+  return static_cast<float>(total / divisor);
+}
+
+// z of OPS.md.
+inline std::vector<double> ReferenceZ(const std::vector<double>& scores) {
+  double low = std::numeric_limits<double>::infinity();
+  double high = -low;
+  for (const double s : scores) {
+    if (std::isfinite(s)) low = std::min(low, s);
+    if (std::isfinite(s)) high = std::max(high, s);
+  }
+  std::vector<double> z;
+  for (const double s : scores) {
+    if (!std::isfinite(s)) {
+      z.push_back(s > 0 ? 1.0 : 0.0);
+    } else {
+      z.push_back(high > low ? (s - low) / (high - low) : 0.5);
+    }
+  }
+  return z;
 }
 
 // Index of the largest value among those not yet chosen; the first of equal ones.
@@ -583,7 +642,8 @@ inline std::size_t ArgMax(const std::vector<double>& values, const std::vector<b
   return best;
 }
 
-// Positions to keep of one segment whose tokens are `tokens` (numbers of rows of metric).
+// Positions to keep of one segment whose tokens are `tokens` (numbers of rows of metric), in the
+// order of their choice. Slow: everything is computed anew for every choice.
 inline std::vector<std::size_t> ReferenceSelect(const ReferencePrune& p, int32_t segment,
                                                 const std::vector<std::size_t>& tokens,
                                                 std::size_t k) {
@@ -592,14 +652,16 @@ inline std::vector<std::size_t> ReferenceSelect(const ReferencePrune& p, int32_t
   std::vector<double> scores(n, 0.0);
   bool all_nan = !p.scores.empty();
   for (std::size_t i = 0; i < n && !p.scores.empty(); ++i) {
-    scores[i] = p.scores[tokens[i]];
+    scores[i] = ReferenceScore(p, tokens[i]);
     if (std::isnan(scores[i])) {
       scores[i] = -kInf;
     } else {
       all_nan = false;
     }
   }
-  const bool uses_scores = p.mode != "random" && !p.scores.empty();
+  const bool maxmin_without =
+      p.mode == "maxmin" && (p.first == "max_norm" || p.first == "farthest");
+  const bool uses_scores = p.mode != "random" && !maxmin_without && !p.scores.empty();
   if (p.mode == "uniform" || (uses_scores && all_nan)) {
     std::vector<std::size_t> result;
     for (std::size_t i = 0; i < k; ++i) result.push_back((2 * i + 1) * n / (2 * k));
@@ -607,61 +669,95 @@ inline std::vector<std::size_t> ReferenceSelect(const ReferencePrune& p, int32_t
   }
 
   std::vector<double> first = scores;
-  std::vector<double> z(n, 0.0);
-  if (p.mode == "random") {
-    for (std::size_t t = 0; t < n; ++t) {
-      first[t] = ReferencePhilox(
-          {static_cast<uint32_t>(t), static_cast<uint32_t>(segment), 0, 0},
-          {static_cast<uint32_t>(p.seed & 0xFFFFFFFF), static_cast<uint32_t>(p.seed >> 32)})[0];
+  const std::vector<double> z = p.scores.empty() ? std::vector<double>(n, 1.0) : ReferenceZ(scores);
+  std::vector<std::vector<double>> similar(n, std::vector<double>(n));
+  for (std::size_t i = 0; i < n; ++i) {
+    for (std::size_t j = 0; j < n; ++j) {
+      similar[i][j] = double{ReferenceSimilarity(p, tokens[i], tokens[j])};
     }
   }
-  if (p.mode == "maxmin" && p.scores.empty()) {
-    for (std::size_t i = 0; i < n; ++i) {
+  for (std::size_t t = 0; p.mode == "random" && t < n; ++t) {
+    first[t] = ReferencePhilox(
+        {static_cast<uint32_t>(t), static_cast<uint32_t>(segment), 0, 0},
+        {static_cast<uint32_t>(p.seed & 0xFFFFFFFF), static_cast<uint32_t>(p.seed >> 32)})[0];
+  }
+  for (std::size_t i = 0; p.mode == "maxmin" && i < n; ++i) {
+    if (p.first == "farthest") {
+      double nearest = -kInf;
+      for (std::size_t j = 0; j < n; ++j) {
+        if (j != i) nearest = std::max(nearest, similar[i][j]);
+      }
+      first[i] = -nearest;
+    } else if (p.first == "max_norm" || p.scores.empty()) {
       double norm = 0.0;
       for (std::size_t d = 0; d < p.dim; ++d) norm += std::pow(p.metric[tokens[i] * p.dim + d], 2);
-      first[i] = std::isfinite(norm) ? norm : 0.0;
+      first[i] = ReferenceHasDirection(p, tokens[i]) ? norm : 0.0;
     }
   }
-  if (p.mode == "mmr") {
-    double low = kInf;
-    double high = -kInf;
-    for (const double s : scores) {
-      if (std::isfinite(s)) low = std::min(low, s);
-      if (std::isfinite(s)) high = std::max(high, s);
-    }
-    for (std::size_t i = 0; i < n; ++i) {
-      if (!std::isfinite(scores[i])) {
-        z[i] = scores[i] > 0 ? 1.0 : 0.0;
-      } else {
-        z[i] = high > low ? (scores[i] - low) / (high - low) : 0.5;
-      }
-    }
-    first = z;
-  }
+  if (p.mode == "mmr") first = z;
 
   std::vector<bool> chosen(n, false);
   std::vector<std::size_t> result;
-  const bool greedy = p.mode == "mmr" || p.mode == "maxmin";
+  const auto choose = [&](const std::vector<double>& value, const std::vector<bool>& closed) {
+    result.push_back(ArgMax(value, closed));
+    chosen[result.back()] = true;
+  };
+  const double theta = double{p.theta};
+  std::vector<double> residual(n);
+  std::vector<std::vector<double>> factors;
+  for (std::size_t i = 0; i < n; ++i) residual[i] = similar[i][i];
+  while (p.mode == "dpp" && result.size() < k) {
+    std::vector<double> value(n);
+    std::vector<bool> closed = chosen;
+    for (std::size_t i = 0; i < n; ++i) {
+      closed[i] = closed[i] || !(residual[i] > 1e-4 * similar[i][i]);
+      const double weight = theta < 1 ? theta / (1 - theta) * z[i] : 2 * std::log(z[i] + 1e-6);
+      value[i] = closed[i] ? 0.0 : weight + std::log(double{static_cast<float>(residual[i])});
+    }
+    if (ArgMax(value, closed) == n) break;
+    choose(value, closed);
+    const std::size_t best = result.back();
+    std::vector<double> row = similar[best];
+    const double pivot = std::sqrt(residual[best]);
+    for (std::size_t i = 0; i < n; ++i) {
+      for (const std::vector<double>& factor : factors) row[i] -= factor[best] * factor[i];
+      row[i] /= pivot;
+      residual[i] -= row[i] * row[i];
+    }
+    factors.push_back(row);
+  }
   while (result.size() < k) {
     std::vector<double> value = first;
-    for (std::size_t i = 0; greedy && !result.empty() && i < n; ++i) {
-      float largest = -2.0F;
-      for (const std::size_t j : result) {
-        largest = std::max(largest, ReferenceSimilarity(p, tokens[i], tokens[j]));
+    for (std::size_t i = 0; i < n; ++i) {
+      if (p.mode == "coverage") {
+        double gain = 0.0;
+        for (std::size_t j = 0; j < n; ++j) {
+          double covered = 0.0;
+          for (const std::size_t u : result) covered = std::max(covered, similar[u][j]);
+          gain += z[j] * std::max(0.0, similar[i][j] - covered);
+        }
+        value[i] = double{static_cast<float>(gain)};
+      } else if (p.mode == "dpp" || ((p.mode == "mmr" || p.mode == "maxmin") && !result.empty())) {
+        double largest = -double{std::numeric_limits<float>::max()};
+        for (const std::size_t j : result) largest = std::max(largest, similar[i][j]);
+        const double weight = p.mode == "mmr" ? theta : 0.0;
+        value[i] = weight * z[i] - (1.0 - weight) * largest;
       }
-      const double theta = p.mode == "mmr" ? double{p.theta} : 0.0;
-      value[i] = theta * z[i] - (1.0 - theta) * double{largest};
     }
-    result.push_back(ArgMax(value, chosen));
-    chosen[result.back()] = true;
+    choose(value, chosen);
   }
   return result;
 }
 
-inline std::size_t ReferenceCount(const ReferencePrune& p, std::size_t n) {
+inline std::size_t ReferenceCount(const ReferencePrune& p, std::size_t n, std::size_t row,
+                                  int32_t segment) {
   int64_t k = static_cast<int64_t>(n);
   if (p.mode == "none") return n;
-  if (!p.keep.empty()) return static_cast<std::size_t>(std::min(k, p.keep[0]));
+  if (!p.keep.empty()) {
+    std::size_t at = p.keep.size() == 1 ? 0 : row;
+    if (p.keep_segments > 0) at = row * p.keep_segments + static_cast<std::size_t>(segment);
+    return static_cast<std::size_t>(std::min(k, p.keep[at]));
+  }
   if (p.keep_count >= 0) {
     k = std::min(k, std::max(p.min_keep, p.keep_count));
   } else if (p.keep_ratio >= 0.0F) {
@@ -671,27 +767,94 @@ inline std::size_t ReferenceCount(const ReferencePrune& p, std::size_t n) {
   return static_cast<std::size_t>(k);
 }
 
-inline std::vector<std::vector<int64_t>> ReferenceTokenPrune(const ReferencePrune& p) {
-  std::vector<std::vector<int64_t>> result(p.b);
+// Adds to `into` and `weight` what a segment merges; `chosen` are positions in `tokens`.
+inline void ReferenceMerge(const ReferencePrune& p, const std::vector<std::size_t>& tokens,
+                           const std::vector<std::size_t>& chosen, std::vector<int64_t>* into,
+                           std::vector<double>* weight) {
+  std::vector<double> scores;
+  for (const std::size_t token : tokens) {
+    const float score = p.scores.empty() ? 0.0F : ReferenceScore(p, token);
+    scores.push_back(std::isnan(score) ? -std::numeric_limits<double>::infinity() : double{score});
+  }
+  const std::vector<double> z = ReferenceZ(scores);
+  std::vector<bool> has_direction;
+  for (const std::size_t token : tokens) has_direction.push_back(ReferenceHasDirection(p, token));
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    if (std::find(chosen.begin(), chosen.end(), i) != chosen.end()) continue;
+    bool usable = has_direction[i];
+    for (std::size_t d = 0; d < p.width; ++d) {
+      usable = usable && std::isfinite(p.hidden[tokens[i] * p.width + d]);
+    }
+    float best = 0.0F;
+    for (std::size_t j = 0; usable && j < tokens.size(); ++j) {
+      if (std::find(chosen.begin(), chosen.end(), j) == chosen.end()) continue;
+      if (!has_direction[j]) continue;
+      const float similarity = ReferenceSimilarity(p, tokens[i], tokens[j]);
+      int64_t& target = (*into)[tokens[i]];
+      if (target >= 0 && similarity <= best) continue;
+      best = similarity;
+      target = static_cast<int64_t>(tokens[j]);
+      (*weight)[tokens[i]] = p.merge == "mean" ? 1.0 : z[i];
+    }
+  }
+}
+
+inline ReferencePruned ReferenceTokenPrune(const ReferencePrune& p) {
+  ReferencePruned result;
+  std::vector<int64_t> into(p.b * p.s, -1);  // of merged tokens: the kept one
+  std::vector<double> weight(p.b * p.s, 0.0);
+  result.token_map.assign(p.b * p.s, -1);
   for (std::size_t row = 0; row < p.b; ++row) {
+    std::vector<std::size_t> kept;
     std::map<int32_t, std::vector<std::size_t>> groups;
     for (std::size_t t = 0; t < p.s; ++t) {
       const int32_t id = p.segments.empty() ? 0 : p.segments[row * p.s + t];
-      if (id == -1) result[row].push_back(static_cast<int64_t>(t));
+      if (id == -1) kept.push_back(row * p.s + t);
       if (id >= 0) groups[id].push_back(row * p.s + t);
     }
+    std::map<std::size_t, std::size_t> instead;  // of a slot's token by `input` order
     for (const auto& [id, tokens] : groups) {
-      const std::size_t k = ReferenceCount(p, tokens.size());
+      const std::size_t k = ReferenceCount(p, tokens.size(), row, id);
+      std::vector<std::size_t> chosen;
       if (k == tokens.size()) {
-        for (const std::size_t t : tokens)
-          result[row].push_back(static_cast<int64_t>(t - row * p.s));
-        continue;
+        for (std::size_t i = 0; i < k; ++i) chosen.push_back(i);
+      } else if (k > 0) {
+        chosen = ReferenceSelect(p, id, tokens, k);
+        if (p.merge != "none") ReferenceMerge(p, tokens, chosen, &into, &weight);
       }
-      for (const std::size_t at : ReferenceSelect(p, id, tokens, k)) {
-        result[row].push_back(static_cast<int64_t>(tokens[at] - row * p.s));
+      std::vector<std::size_t> rising = chosen;
+      std::sort(rising.begin(), rising.end());
+      for (std::size_t i = 0; i < k; ++i) {
+        kept.push_back(tokens[chosen[i]]);
+        if (p.order == "score") instead[tokens[rising[i]]] = tokens[chosen[i]];
       }
     }
-    std::sort(result[row].begin(), result[row].end());
+    std::sort(kept.begin(), kept.end());
+    for (std::size_t& token : kept) {
+      if (instead.count(token) > 0) token = instead[token];
+    }
+    result.kept.emplace_back();
+    result.pruned.emplace_back();
+    for (const std::size_t token : kept) {
+      result.token_map[token] = static_cast<int64_t>(result.kept.back().size());
+      result.kept.back().push_back(static_cast<int64_t>(token - row * p.s));
+      for (std::size_t d = 0; d < p.width; ++d) {
+        double sum = p.hidden[token * p.width + d];
+        double weights = 1.0;
+        bool is_mean = false;
+        for (std::size_t t = row * p.s; t < (row + 1) * p.s; ++t) {
+          if (into[t] != static_cast<int64_t>(token)) continue;
+          sum += weight[t] * double{p.hidden[t * p.width + d]};
+          weights += weight[t];
+          is_mean = true;
+        }
+        result.pruned.back().push_back(is_mean ? static_cast<float>(sum / weights)
+                                               : p.hidden[token * p.width + d]);
+      }
+    }
+    for (std::size_t t = row * p.s; t < (row + 1) * p.s; ++t) {
+      if (into[t] >= 0) result.token_map[t] = result.token_map[static_cast<std::size_t>(into[t])];
+    }
   }
   return result;
 }

@@ -18,16 +18,17 @@ from numpy.typing import NDArray
 
 import bivlm_edge
 from bivlm_edge.errors import OpsLibraryError
-from bivlm_edge.export import reference, schemas
+from bivlm_edge.export import reference, reference_prune, schemas
 from bivlm_edge.export.fallback import BinaryMatMulConfiguration, binary_matmul_function
 from bivlm_edge.export.fallback_attention import group_query_attention_function
 from bivlm_edge.export.fallback_gated_silu import gated_silu_function
-from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prune_function
+from bivlm_edge.export.fallback_prune import token_prune_function
+from bivlm_edge.export.prune_configuration import TokenPruneConfiguration
 
 Array = NDArray[Any]
 CONSTANTS = ("codes", "coefficients", "signs", "order")
 LEADING = [(), (1,), (33,), (2, 3), (0,), (2, 0, 1)]
-MODES = ("topk_score", "maxmin", "mmr", "uniform", "random", "none")
+MODES = schemas.PRUNE_MODES
 # runs every model of a folder on the input beside it; the environment chooses the kernel
 WORKER = """
 import sys
@@ -403,7 +404,7 @@ def test_attention_in_place_writes_the_new_tokens_alone(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(30))
 def test_token_prune_equals_the_reference_exactly(
     seed: int,
     mode: str,
@@ -413,9 +414,9 @@ def test_token_prune_equals_the_reference_exactly(
     run: Callable[..., Any],
 ) -> None:
     inputs, attributes = prune_case(seed, mode)
-    outputs = ["pruned", "kept_indices", "lengths"][: 2 + seed % 2]
+    outputs = ["pruned", "kept_indices", "lengths", "token_map"][: 2 + seed % 3]
     model = make_model("TokenPrune", inputs, outputs, **attributes)
-    expected = reference.token_prune(*inputs.values(), **attributes)
+    expected = reference_prune.token_prune(*inputs.values(), **attributes)
     results = run(model, inputs, library=library, threads=1 + seed // 2 % 2)
     assert len(results) == len(outputs)
     for output, wanted in zip(results, expected, strict=False):
@@ -423,20 +424,24 @@ def test_token_prune_equals_the_reference_exactly(
         np.testing.assert_array_equal(output, wanted)
 
 
-@pytest.mark.parametrize("mode", ["maxmin", "mmr"])
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("mode", ["maxmin", "mmr", "dpp", "coverage"])
 def test_token_prune_agrees_on_real_features(
-    mode: str, library: str, make_model: Callable[..., Any], run: Callable[..., Any]
+    mode: str, alike: bool, library: str, make_model: Callable[..., Any], run: Callable[..., Any]
 ) -> None:
     rng = np.random.default_rng(7)
+    hidden = rng.standard_normal((2, 576, 64))
+    if alike:  # cosines of 0.99999, as a plain background has
+        hidden[:, 60:] = hidden[:, :1] + 3e-3 * hidden[:, 60:]
     inputs: dict[str, Any] = {
-        "hidden": rng.standard_normal((2, 576, 64)).astype(np.float32),
+        "hidden": hidden.astype(np.float32),
         "scores": rng.random((2, 576), dtype=np.float32),
         "segments": None,
         "keep": np.array([64]),
     }
     model = make_model("TokenPrune", inputs, ["pruned", "kept_indices"], mode=mode)
     _, indices = run(model, inputs, library=library)
-    _, expected, _ = reference.token_prune(*inputs.values(), mode=mode)
+    expected = reference_prune.token_prune(*inputs.values(), mode=mode).kept_indices
     for row, wanted in zip(indices, expected, strict=True):
         # float32 may turn a near tie; from there on the greedy choices differ
         assert len(set(row.tolist()) & set(wanted.tolist())) >= 0.95 * 64

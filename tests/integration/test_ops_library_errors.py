@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -175,7 +176,20 @@ def test_gated_silu_refuses_what_has_no_halves(
         ({"mode": "topk_score", "scores": None}, "'topk_score' needs .*scores"),
         ({"mode": "mmr", "scores": None}, "'mmr' needs .*scores"),
         ({"keep": np.array([-1])}, "keep is -1"),
-        ({"keep": np.array([1, 2])}, r"keep .*\[2\]"),
+        ({"mode": "maxmin", "first": "max_score", "scores": None}, "first 'max_score' needs"),
+        ({"merge": "score_weighted", "mode": "dpp", "scores": None}, "'score_weighted' needs"),
+        ({"merge": "sum"}, "merge is 'sum', expected none, mean or score_weighted"),
+        ({"order": "x"}, "order is 'x', expected input or score"),
+        ({"first": "x"}, "first is 'x', expected auto, max_score, max_norm or farthest"),
+        ({"similarity": "l2"}, "similarity is 'l2', expected cosine or dot"),
+        ({"score_reduce": "min"}, "score_reduce is 'min', expected mean, sum or max"),
+        ({"keep": np.array([1, 2, 3])}, r"keep is int64 \[3\].*per row \[2\]"),
+        ({"keep": np.array([[1, 2]])}, r"keep is int64 \[1, 2\].*\[2, segments\]"),
+        ({"keep": np.array([2, -4])}, "keep is -4"),
+        (
+            {"keep": np.full((2, 3), 1), "segments": np.full((2, 6), 4, np.int32)},
+            r"keep is \[2, 3\], but row 0 has a token of segment 4",
+        ),
         ({"keep_count": -2}, "keep_count is -2"),
         ({"keep_ratio": 1.5}, "keep_ratio is 1.5"),
         ({"keep_ratio": float("nan")}, "keep_ratio is nan"),
@@ -186,8 +200,10 @@ def test_gated_silu_refuses_what_has_no_halves(
         ({"segments": np.zeros((1, 6), np.int32)}, r"segments .*\[1, 6\].*\[2, 6\]"),
         ({"segments": np.full((2, 6), -3, np.int32)}, "segments has -3"),
         ({"metric": np.zeros((2, 5, 3), np.float32)}, r"metric .*\[2, 5, 3\]"),
-        # ONNX Runtime itself refuses a second type for T
-        ({"metric": np.zeros((2, 6, 3), np.float16)}, "no kernel def matches node inputs"),
+        ({"scores": np.zeros((2, 3, 5), np.float32)}, r"scores .*\[2, 3, 5\].*\[2, 3, 6\]"),
+        ({"scores": np.zeros((2, 0, 6), np.float32)}, "at least one head"),
+        # ONNX Runtime itself refuses other types
+        ({"metric": np.zeros((2, 6, 3), np.uint8)}, "TokenPrune"),
     ],
 )
 def test_token_prune_refuses(
@@ -210,3 +226,20 @@ def test_token_prune_refuses(
     with pytest.raises(REFUSALS, match="TokenPrune") as error:
         run(model, inputs, library=library)
     assert re.search(words, str(error.value)), error.value
+
+
+@pytest.mark.parametrize("given", [{"mode": "mmr"}, {"mode": "dpp", "merge": "score_weighted"}])
+def test_token_prune_without_its_scores_does_not_load(
+    given: dict[str, str], library: str, make_model: Callable[..., Any]
+) -> None:
+    inputs = {
+        "hidden": np.zeros((2, 6, 4), np.float32),
+        "scores": None,
+        "segments": np.zeros((2, 6), np.int32),
+    }
+    model = make_model("TokenPrune", inputs, ["pruned", "kept_indices"], **given)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(library)
+    with pytest.raises(REFUSALS, match=r"TokenPrune.*needs the input scores"):
+        ort.InferenceSession(model.SerializeToString(), options)

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bivlm_edge.errors import RequestError
-from bivlm_edge.export import reference, schemas
+from bivlm_edge.export import reference, reference_prune, schemas
 from bivlm_edge.export.fallback import (
     BinaryMatMulConfiguration,
     Kind,
@@ -21,12 +21,13 @@ from bivlm_edge.export.fallback import (
 )
 from bivlm_edge.export.fallback_attention import group_query_attention_function
 from bivlm_edge.export.fallback_gated_silu import gated_silu_function
-from bivlm_edge.export.fallback_prune import TokenPruneConfiguration, token_prune_function
+from bivlm_edge.export.fallback_prune import token_prune_function
+from bivlm_edge.export.prune_configuration import TokenPruneConfiguration
 
 Array = NDArray[Any]
 CONSTANTS = ("codes", "coefficients", "signs", "order")
 LEADING = [(), (5,), (2, 3), (0,), (2, 0, 1)]
-MODES = ("topk_score", "maxmin", "mmr", "uniform", "none")
+MODES = tuple(mode for mode in schemas.PRUNE_MODES if mode != "random")
 
 
 def _configuration(packed: Any) -> BinaryMatMulConfiguration:
@@ -163,11 +164,14 @@ def test_overloads_tell_configurations_apart() -> None:
     named = BinaryMatMulConfiguration(300, 17, (320, 256), 64, True, "chunks")
     assert named.overload == "k300n17p5_4h64sc"
     prunes = [
-        TokenPruneConfiguration("maxmin", scores, metric=metric, keep_count=count, theta=theta)
+        TokenPruneConfiguration(
+            "maxmin", scores, metric=metric, keep_count=count, theta=theta, merge=merge
+        )
         for scores in (False, True)
         for metric in (False, True)
         for count in (-1, 3)
         for theta in (0.5, 0.25)
+        for merge in ("none", "mean")
     ]
     assert len({c.overload for c in prunes}) == len(prunes)
 
@@ -194,7 +198,7 @@ def test_configuration_outside_the_format_is_refused(wrong: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(24))
 def test_token_prune_equals_the_reference_exactly(
     seed: int,
     mode: str,
@@ -203,18 +207,38 @@ def test_token_prune_equals_the_reference_exactly(
     run: Callable[..., Any],
 ) -> None:
     inputs, attributes = prune_case(seed, mode)
-    outputs = ["pruned", "kept_indices", "lengths"][: 2 + seed % 2]
+    attributes.pop("order", None)
+    outputs = ["pruned", "kept_indices", "lengths", "token_map"][: 2 + seed % 3]
     given: dict[str, Any] = {
         name: value is not None for name, value in inputs.items() if name != "hidden"
     }
-    configuration = TokenPruneConfiguration(**given, lengths=len(outputs) == 3, **attributes)
+    given |= {name: name in outputs for name in ("lengths", "token_map")}
+    configuration = TokenPruneConfiguration(**given, **attributes)
     function = token_prune_function(configuration, configuration.overload)
     model = make_model("TokenPrune", inputs, outputs, functions=[function], **attributes)
     onnx.checker.check_model(model, full_check=True)
-    expected = reference.token_prune(*inputs.values(), **attributes)
+    expected = reference_prune.token_prune(*inputs.values(), **attributes)
     for output, wanted in zip(run(model, inputs), expected, strict=False):
         assert output.dtype == wanted.dtype
         np.testing.assert_array_equal(output, wanted)
+
+
+@pytest.mark.parametrize("first", ["max_norm", "farthest"])
+@pytest.mark.parametrize("seed", range(3))
+def test_first_token_of_maxmin_without_scores(
+    seed: int, first: str, make_model: Callable[..., Any], run: Callable[..., Any]
+) -> None:
+    rng = np.random.default_rng(seed)
+    hidden = rng.choice([-1.0, 1.0], (2, 30, 16)) * 2.0 ** rng.integers(0, 3, (2, 30, 1))
+    segments = rng.integers(-1, 2, (2, 30)).astype(np.int32)
+    attributes: dict[str, Any] = {"mode": "maxmin", "first": first, "keep_count": 1}
+    configuration = TokenPruneConfiguration(segments=True, lengths=False, **attributes)
+    function = token_prune_function(configuration, configuration.overload)
+    inputs = {"hidden": hidden.astype(np.float32), "scores": None, "segments": segments}
+    outputs = ["pruned", "kept_indices"]
+    model = make_model("TokenPrune", inputs, outputs, functions=[function], **attributes)
+    expected = reference_prune.token_prune(*inputs.values(), **attributes)
+    np.testing.assert_array_equal(run(model, inputs)[1], expected.kept_indices)
 
 
 @pytest.mark.parametrize(("tokens", "kept"), [(30, 3), (31, 4)])
@@ -234,7 +258,11 @@ def test_ratio_rounds_up_but_not_for_the_float32_of_a_tenth(
     ("wrong", "message"),
     [
         ({"mode": "random"}, "no fallback"),
+        ({"mode": "maxmin", "order": "score"}, "order 'score' has no fallback"),
         ({"mode": "attention"}, "none of topk_score"),
+        ({"mode": "dpp", "merge": "sum"}, "merge 'sum' is none of none, mean"),
+        ({"mode": "dpp", "merge": "score_weighted"}, "'score_weighted' needs the input 'scores'"),
+        ({"mode": "maxmin", "first": "max_score"}, "'max_score' needs the input 'scores'"),
         ({"mode": "mmr"}, "needs the input 'scores'"),
         ({"mode": "maxmin", "keep_ratio": 2.0}, "keep_ratio"),
         ({"mode": "maxmin", "keep_count": -2}, "keep_count"),

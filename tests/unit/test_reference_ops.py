@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from bivlm_edge.export import reference, transformer_ops
+from bivlm_edge.export import reference, reference_prune, transformer_ops
 
 Array = NDArray[Any]
 
@@ -101,30 +101,10 @@ def test_classes_run_in_the_evaluator_of_onnx(
     model = make_model("TokenPrune", inputs, ["pruned", "kept_indices"], **attributes)
     feeds = {name: value for name, value in inputs.items() if value is not None}
     outputs = ReferenceEvaluator(model, new_ops=operators).run(None, feeds)
-    expected_outputs = reference.token_prune(*inputs.values(), **attributes)
+    expected_outputs = reference_prune.token_prune(*inputs.values(), **attributes)
     assert len(outputs) == 2
     for output, wanted in zip(outputs, expected_outputs, strict=False):
         np.testing.assert_array_equal(output, wanted)
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [  # Random123, kat_vectors
-        ([0] * 4, [0] * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        (
-            [0xFFFFFFFF] * 4,
-            [0xFFFFFFFF] * 2,
-            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-        ),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            [0xA4093822, 0x299F31D0],
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_known_answers(counter: list[int], key: list[int], words: tuple[int, ...]) -> None:
-    assert reference.philox4x32_10(counter, key) == words
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -178,145 +158,3 @@ def test_gated_silu_is_that_of_torch_and_runs_as_an_operator(
         make_model("GatedSiLU", {"X": x}, ["Y"]), new_ops=[reference.GatedSiLU]
     )
     np.testing.assert_array_equal(evaluator.run(None, {"X": x})[0], found.astype(dtype))
-
-
-# TokenPrune: the table of edge cases
-
-
-def _tokens(count: int, batch: int = 1) -> Array:
-    rows = np.arange(batch * count * 2, dtype=np.float32)
-    return rows.reshape(batch, count, 2) + 1
-
-
-def _kept(scores: list[float], segments: list[int] | None = None, **given: Any) -> list[int]:
-    """Return the kept indices of one row."""
-    keep = given.pop("keep", None)
-    given = {"mode": "topk_score"} | given
-    _, indices, lengths = reference.token_prune(
-        given.pop("hidden", _tokens(len(scores))),
-        np.array([scores], dtype=np.float32),
-        None if segments is None else np.array([segments], dtype=np.int32),
-        None if keep is None else np.array(keep),
-        **given,
-    )
-    assert lengths.tolist() == [indices.shape[1]]
-    row: list[int] = indices[0].tolist()
-    return row
-
-
-NAN, INF = math.nan, math.inf
-
-
-def test_row_without_prunable_tokens_is_the_identity() -> None:
-    assert _kept([1, 2, 3], [-1, -1, -1], keep=0) == [0, 1, 2]
-    assert _kept([1], [-1], keep_count=1, mode="mmr") == [0]
-
-
-def test_keep_zero_drops_every_image_token() -> None:
-    assert _kept([1, 2, 3], keep=0) == []
-    assert _kept([1, 2, 3], [0, -1, 0], keep=0) == [1]
-    assert _kept([1, 2, 3], keep_count=0, min_keep=0) == []
-
-
-def test_min_keep_bounds_the_attributes_but_not_the_input() -> None:
-    assert len(_kept([1, 2, 3], keep_count=0)) == 1
-    assert len(_kept([1, 2, 3, 4], keep_ratio=0.25, min_keep=2)) == 2
-    assert len(_kept([1, 2, 3, 4], keep=1, min_keep=2)) == 1
-
-
-def test_ratio_rounds_up_but_not_for_the_float32_of_a_tenth() -> None:
-    assert len(_kept([0.0] * 30, keep_ratio=0.1)) == 3
-    assert len(_kept([0.0] * 31, keep_ratio=0.1)) == 4
-
-
-def test_keep_of_n_or_more_and_no_request_are_the_identity() -> None:
-    for given in ({"keep": 3}, {"keep": 99}, {"keep_count": 3}, {"keep_ratio": 1.0}, {}):
-        for mode in ("topk_score", "maxmin", "mmr", "uniform", "random"):
-            assert _kept([NAN, 1, 2], mode=mode, **given) == [0, 1, 2]
-    assert _kept([1, 2, 3], [0, -2, 0], keep=1, mode="none") == [0, 2]
-
-
-def test_nan_scores_go_first_and_infinity_stays() -> None:
-    assert _kept([NAN, 1, NAN, INF, -INF], keep=2) == [1, 3]
-    assert _kept([NAN, -INF, 0], keep=2) == [0, 2]
-    assert _kept([NAN] * 6, keep=2) == [1, 4]
-    assert _kept([NAN] * 6, keep=2) == _kept([1.0] * 6, keep=2, mode="uniform")
-
-
-def test_minus_zero_equals_zero_and_ties_go_to_the_lower_index() -> None:
-    assert _kept([-0.0, 0.0, 0.0], keep=2) == [0, 1]
-
-
-def test_uniform_takes_the_middle_of_equal_parts() -> None:
-    assert _kept([0] * 10, keep=3, mode="uniform") == [1, 5, 8]
-
-
-def test_maxmin_starts_with_the_best_score_or_the_longest_row() -> None:
-    hidden = np.array([[[1, 0], [0, 1], [4, 0], [-1, 0]]], dtype=np.float32)
-    assert _kept([0, 9, 1, 2], hidden=hidden, mode="maxmin", keep=1) == [1]
-    _, indices, _ = reference.token_prune(hidden, keep=np.array(2), mode="maxmin")
-    assert indices.tolist() == [[2, 3]]
-
-
-def test_mmr_weighs_score_against_similarity() -> None:
-    hidden = np.array([[[1, 0], [1, 0], [0, 1]]], dtype=np.float32)
-    given: dict[str, Any] = {"hidden": hidden, "mode": "mmr", "keep": 2}
-    assert _kept([1.0, 0.9, 0.0], theta=0.5, **given) == [0, 2]
-    assert _kept([1.0, 0.9, 0.0], theta=1.0, **given) == [0, 1]
-
-
-@pytest.mark.parametrize("mode", ["maxmin", "mmr"])
-def test_rows_without_direction_resemble_nothing(mode: str) -> None:
-    hidden = np.array([[[2, 0], [1, 0], [NAN, 0], [0, 0]]], dtype=np.float32)
-    assert _kept([1, 1, 1, 1], hidden=hidden, mode=mode, keep=3) == [0, 2, 3]
-
-
-@pytest.mark.parametrize("mode", ["maxmin", "mmr"])
-def test_duplicates_are_not_chosen_twice(mode: str) -> None:
-    hidden = np.tile(np.eye(5, dtype=np.float32), (4, 1))[None]
-    assert len(set(_kept([1.0] * 20, hidden=hidden, mode=mode, keep=10))) == 10
-
-
-def test_random_depends_on_seed_and_segment_only() -> None:
-    def draw(seed: int, segment: int) -> list[int]:
-        given = {"mode": "random", "keep": 10, "seed": seed}
-        return _kept([0] * 100, [segment] * 100, **given)
-
-    assert draw(1, 0) == draw(1, 0)
-    assert len({tuple(draw(seed, group)) for seed in (0, 1, 1 << 32) for group in (0, 1)}) == 6
-
-
-def test_rows_of_a_batch_are_padded_on_the_right() -> None:
-    hidden = _tokens(4, batch=2)
-    segments = np.array([[0, 0, -2, -1], [-1, 3, 3, 5]], dtype=np.int32)
-    scores = np.array([[1, 2, 9, 0], [0, 1, 2, 0]], dtype=np.float32)
-    pruned, indices, lengths = reference.token_prune(
-        hidden, scores, segments, np.array([1]), mode="topk_score"
-    )
-    assert lengths.tolist() == [2, 3]
-    assert indices.tolist() == [[1, 3, 0], [0, 2, 3]]
-    np.testing.assert_array_equal(pruned[0], [hidden[0, 1], hidden[0, 3], [0, 0]])
-    np.testing.assert_array_equal(pruned[1], hidden[1, [0, 2, 3]])
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"mode": "attention"},
-        {"keep": -1},
-        {"keep_count": -2},
-        {"keep_ratio": 1.5},
-        {"keep_ratio": NAN},
-        {"theta": -0.1},
-        {"segments": [0, -3, 0]},
-    ],
-)
-def test_requests_outside_the_contract_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="TokenPrune"):
-        _kept([1, 2, 3], **wrong)
-
-
-@pytest.mark.parametrize("mode", ["topk_score", "mmr"])
-def test_modes_without_their_scores_are_refused(mode: str) -> None:
-    with pytest.raises(ValueError, match="needs scores"):
-        reference.token_prune(_tokens(3), mode=mode, keep_count=1)

@@ -93,6 +93,11 @@ def test_defaults_are_those_of_the_contract() -> None:
         "min_keep": 1,
         "theta": 0.5,
         "seed": 0,
+        "score_reduce": b"mean",
+        "first": b"auto",
+        "similarity": b"cosine",
+        "merge": b"none",
+        "order": b"input",
     }
 
 
@@ -132,26 +137,34 @@ def test_token_prune_keeps_batch_width_and_type() -> None:
             "hidden": (TensorProto.FLOAT16, ["batch", "tokens", 48]),
             "scores": (TensorProto.FLOAT, ["batch", "tokens"]),
         },
-        ["pruned", "kept_indices", "lengths"],
+        ["pruned", "kept_indices", "lengths", "token_map"],
     )
     element, shape = outputs["pruned"]
     assert (element, shape[0], shape[2]) == (TensorProto.FLOAT16, "batch", 48)
     assert shape[1] not in ("tokens", 0)
     assert outputs["kept_indices"][0] == TensorProto.INT64
     assert outputs["lengths"] == (TensorProto.INT64, ["batch"])
+    assert outputs["token_map"] == (TensorProto.INT64, ["batch", "tokens"])
 
 
 @pytest.mark.parametrize(
-    ("mode", "message"),
-    [("mmr", "needs the input 'scores'"), ("attention", "'attention' is none of topk_score")],
+    ("given", "message"),
+    [
+        ({"mode": "mmr"}, "mode 'mmr' needs the input 'scores'"),
+        ({"mode": "attention"}, "'attention' is none of topk_score"),
+        ({"mode": "maxmin", "first": "max_score"}, "first 'max_score' needs the input 'scores'"),
+        ({"mode": "dpp", "merge": "score_weighted"}, "merge 'score_weighted' needs the input"),
+        ({"mode": "dpp", "merge": "sum"}, "merge 'sum' is none of none, mean, score_weighted"),
+        ({"mode": "dpp", "order": "rising"}, "order 'rising' is none of input, score"),
+    ],
 )
-def test_token_prune_mode_is_checked(mode: str, message: str) -> None:
+def test_token_prune_attributes_are_checked(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InferenceError, match=f"TokenPrune: .*{message}"):
         _inferred(
             "TokenPrune",
             {"hidden": (TensorProto.FLOAT, [1, 2, 3])},
             ["pruned", "kept_indices"],
-            mode=mode,
+            **given,
         )
 
 

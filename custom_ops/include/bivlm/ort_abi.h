@@ -34,6 +34,7 @@ enum class ElementType : int {
   kUndefined = 0,
   kFloat32 = 1,
   kUint8 = 2,
+  kInt8 = 3,
   kUint16 = 4,
   kInt32 = 6,
   kInt64 = 7,
@@ -97,6 +98,8 @@ struct ApiFunction<slot, Result(Arguments...)> {
   F(KernelInfoGetAttributeArray_int64, 163,                                                       \
     Status*(const KernelInfo*, const char* name, int64_t* values, std::size_t* count))            \
   F(KernelInfo_GetInputCount, 230, Status*(const KernelInfo*, std::size_t*))                      \
+  F(KernelInfo_GetInputName, 232,                                                                 \
+    Status*(const KernelInfo*, std::size_t index, char* name, std::size_t* size))                 \
   F(KernelInfo_GetNodeName, 244, Status*(const KernelInfo*, char* name, std::size_t* size))       \
   F(KernelInfoGetConstantInput_tensor, 249,                                                       \
     Status*(const KernelInfo*, std::size_t index, int* is_constant, const Value**))               \

@@ -1,19 +1,20 @@
-// The selections of TokenPrune: counting, ordering, and the greedy loops round the kernels.
+// TokenPrune round the selection: counting, merging, and the order of the output.
 #include "bivlm/token_prune.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <numeric>
+#include <optional>
+
+#include "token_prune_select.h"
 
 namespace bivlm {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// Features that a task reads at least: 4 to 9 us with AVX2 or AVX-512 on Zen 5.
-constexpr std::size_t kTaskFeatures = 131072;
+using Positions = std::vector<std::size_t>;
 
 // One segment of one row of the batch.
 struct Segment {
@@ -22,210 +23,174 @@ struct Segment {
   std::vector<uint32_t> tokens;  // positions in the row, rising
 };
 
-// Positions inside the segment, rising, of the k largest keys; of equal keys the lower position.
-template <typename Key>
-std::vector<std::size_t> LargestKeys(const std::vector<Key>& keys, std::size_t k) {
-  std::vector<std::size_t> positions(keys.size());
-  std::iota(positions.begin(), positions.end(), std::size_t{0});
-  std::partial_sort(positions.begin(), positions.begin() + static_cast<std::ptrdiff_t>(k),
-                    positions.end(), [&keys](std::size_t a, std::size_t b) {
-                      return keys[a] > keys[b] || (keys[a] == keys[b] && a < b);
-                    });
-  positions.resize(k);
-  return positions;
-}
-
-std::vector<std::size_t> Uniform(std::size_t n, std::size_t k) {
-  std::vector<std::size_t> chosen(k);
-  for (std::size_t i = 0; i < k; ++i) chosen[i] = (2 * i + 1) * n / (2 * k);
-  return chosen;
-}
-
-std::vector<std::size_t> Random(int64_t seed, int32_t segment, std::size_t n, std::size_t k) {
-  const uint64_t bits = static_cast<uint64_t>(seed);
-  const uint32_t key[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
-  std::vector<uint32_t> keys(n);
-  for (std::size_t t = 0; t < n; ++t) {
-    const uint32_t counter[4] = {static_cast<uint32_t>(t), static_cast<uint32_t>(segment), 0, 0};
-    keys[t] = Philox4x32(counter, key);
+std::map<int32_t, Segment> SegmentsOf(const TokenPruneArgs& args, std::size_t row,
+                                      std::vector<int64_t>* text) {
+  std::map<int32_t, Segment> segments;
+  for (std::size_t t = 0; t < args.s; ++t) {
+    const int32_t id = args.segments == nullptr ? 0 : args.segments[row * args.s + t];
+    if (id == -1) text->push_back(static_cast<int64_t>(t));
+    if (id < 0) continue;
+    Segment& segment = segments[id];
+    segment.row = row;
+    segment.id = id;
+    segment.tokens.push_back(static_cast<uint32_t>(t));
   }
-  return LargestKeys(keys, k);
+  return segments;
 }
 
-// z of `mmr`, from scores in which NaN is already -inf.
-std::vector<double> NormalizedScores(const std::vector<double>& scores) {
-  double low = kInfinity;
-  double high = -kInfinity;
-  for (const double score : scores) {
-    if (!std::isfinite(score)) continue;
-    low = std::min(low, score);
-    high = std::max(high, score);
-  }
-  std::vector<double> z(scores.size());
-  for (std::size_t i = 0; i < scores.size(); ++i) {
-    if (!std::isfinite(scores[i])) {
-      z[i] = scores[i] > 0 ? 1.0 : 0.0;
-    } else {
-      z[i] = low == high ? 0.5 : (scores[i] - low) / (high - low);
+// The score of a token, over all heads.
+float ReducedScore(const TokenPruneArgs& args, std::size_t row, std::size_t token) {
+  const float* scores = args.scores + row * args.heads * args.s + token;
+  double total = scores[0];
+  for (std::size_t h = 1; h < args.heads; ++h) {
+    const double score = scores[h * args.s];
+    if (args.options.score_reduce != ScoreReduction::kMax) {
+      total += score;
+    } else if (std::isnan(score) || score > total) {  // false if the total is NaN
+      total = score;
     }
   }
-  return z;
+  if (args.options.score_reduce == ScoreReduction::kMean) {
+    total /= static_cast<double>(args.heads);
+  }
+  return static_cast<float>(total);
 }
 
-// Chooses tokens one after the other, each by its own weight and its largest similarity to those
-// chosen before.
-class GreedySelection {
- public:
-  GreedySelection(const TokenPruneKernel& kernel, const TokenPruneArgs& args,
-                  const Segment& segment, const Executor& executor)
-      : kernel_(kernel),
-        args_(args),
-        executor_(executor),
-        index_(segment.tokens),
-        positions_(segment.tokens.size()),
-        norms_(segment.tokens.size()),
-        similarity_(segment.tokens.size(), -std::numeric_limits<float>::infinity()),
-        dots_(segment.tokens.size()),
-        query_(args.dim) {
-    for (uint32_t& token : index_) token += static_cast<uint32_t>(segment.row * args.s);
-    std::iota(positions_.begin(), positions_.end(), std::size_t{0});
-    ForRows([this](const TokenPruneRows& rows, std::size_t begin) {
-      kernel_.functions->squared_norms(rows, norms_.data() + begin);
-    });
-    // Rows that have no direction, in float32 terms, count as norm 0: similar to nothing.
-    for (double& norm : norms_) {
-      const float length = static_cast<float>(std::sqrt(norm));
-      if (!std::isfinite(length) || length == 0.0F) norm = 0.0;
+std::vector<float> ScoresOf(const TokenPruneArgs& args, const Segment& segment) {
+  std::vector<float> scores;
+  if (args.scores == nullptr) return scores;
+  for (const uint32_t token : segment.tokens) {
+    scores.push_back(ReducedScore(args, segment.row, token));
+  }
+  return scores;
+}
+
+bool IsFinite(const TokenPruneArgs& args, std::size_t at) {
+  const std::size_t begin = at * args.width;
+  for (std::size_t d = begin; d < begin + args.width; ++d) {
+    const float value = args.type == ElementType::kFloat32
+                            ? static_cast<const float*>(args.hidden)[d]
+                            : FloatFromHalf(static_cast<const uint16_t*>(args.hidden)[d]);
+    if (!std::isfinite(value)) return false;
+  }
+  return true;
+}
+
+// Sets target and weight of the tokens of a segment that go into others. `kept` are positions
+// inside the segment.
+void Merge(const TokenPruneArgs& args, const Segment& segment, const Positions& kept,
+           std::vector<float> scores, TokenSimilarity* similarity, TokenPruneSelection* selection) {
+  const std::vector<double>& norms = similarity->all().norms;
+  const std::size_t first = segment.row * args.s;
+  std::vector<bool> is_kept(segment.tokens.size(), false);
+  for (const std::size_t position : kept) is_kept[position] = true;
+  Positions targets;
+  Positions merged;
+  for (std::size_t i = 0; i < segment.tokens.size(); ++i) {
+    if (!(norms[i] > 0.0)) continue;
+    if (is_kept[i]) {
+      targets.push_back(i);
+    } else if (IsFinite(args, first + segment.tokens[i])) {
+      merged.push_back(i);
     }
   }
+  if (targets.empty() || merged.empty()) return;
 
-  // Squared norms of all tokens; 0 where the similarity is 0 by definition.
-  const std::vector<double>& norms() const { return norms_; }
-
-  // k positions inside the segment: the largest `first`, then repeatedly the largest
-  // theta * weight - (1 - theta) * (largest similarity to those chosen).
-  std::vector<std::size_t> Run(const std::vector<double>& first, const std::vector<double>& weight,
-                               double theta, std::size_t k) {
-    std::vector<std::size_t> chosen;
-    while (chosen.size() < k) {
-      std::size_t best = 0;
-      double best_value = 0.0;
-      for (std::size_t i = 0; i < positions_.size(); ++i) {
-        const std::size_t at = positions_[i];
-        const double value = chosen.empty()
-                                 ? first[at]
-                                 : theta * weight[at] - (1.0 - theta) * double{similarity_[i]};
-        if (i == 0 || value > best_value) {
-          best = i;
-          best_value = value;
-        }
+  std::vector<double> weight(segment.tokens.size(), 1.0);
+  if (args.options.merge == MergeKind::kScoreWeighted) {
+    for (float& score : scores) {
+      if (std::isnan(score)) score = -std::numeric_limits<float>::infinity();
+    }
+    weight = NormalizedScores(scores);
+  }
+  const TokenSet sources = similarity->Subset(merged);
+  std::vector<float> best(merged.size(), -std::numeric_limits<float>::infinity());
+  std::vector<float> block(std::min(targets.size(), TokenSimilarity::kQueries) * merged.size());
+  for (std::size_t begin = 0; begin < targets.size(); begin += TokenSimilarity::kQueries) {
+    const std::size_t end = std::min(begin + TokenSimilarity::kQueries, targets.size());
+    const auto at = [&](std::size_t i) { return targets.begin() + static_cast<std::ptrdiff_t>(i); };
+    const TokenSet queries = similarity->Subset(Positions(at(begin), at(end)));
+    similarity->Between(queries, sources, block.data(), sources.size());
+    for (std::size_t q = 0; q < queries.size(); ++q) {
+      for (std::size_t i = 0; i < merged.size(); ++i) {
+        const float value = block[q * sources.size() + i];
+        if (!(value > best[i])) continue;
+        best[i] = value;
+        const std::size_t token = first + segment.tokens[merged[i]];
+        selection->target[token] = segment.tokens[queries.positions[q]];
+        selection->weight[token] = weight[merged[i]];
       }
-      chosen.push_back(positions_[best]);
-      if (chosen.size() < k) Choose(best);
     }
-    return chosen;
   }
+}
 
- private:
-  // Takes candidate `best` out and raises the similarities of the others.
-  void Choose(std::size_t best) {
-    const double norm = norms_[best];
-    const uint32_t row = index_[best];
-    const auto erase = [best](auto& values) {
-      values.erase(values.begin() + static_cast<std::ptrdiff_t>(best));
-    };
-    erase(index_);
-    erase(positions_);
-    erase(norms_);
-    erase(similarity_);
-    const double scale = norm > 0.0 ? LoadQuery(row, norm) : 0.0;
-    ForRows([&](const TokenPruneRows& rows, std::size_t begin) {
-      if (norm > 0.0) kernel_.functions->dots(rows, query_.data(), dots_.data() + begin);
-      for (std::size_t i = begin; i < begin + rows.count; ++i) {
-        float similarity = 0.0F;
-        if (norm > 0.0 && norms_[i] > 0.0) {
-          similarity = static_cast<float>(double{dots_[i]} * scale / std::sqrt(norms_[i] * norm));
-        }
-        similarity_[i] = std::max(similarity_[i], similarity);
-      }
-    });
-  }
-
-  // query_ = features of `row` times a power of two that makes its norm about 1, so that no dot
-  // product overflows. Returns the inverse of that power.
-  double LoadQuery(uint32_t row, double norm) {
-    const int exponent = std::ilogb(norm) / 2;
-    const double factor = std::ldexp(1.0, -exponent);
-    const std::size_t begin = row * args_.dim;
-    for (std::size_t d = 0; d < args_.dim; ++d) {
-      const float value =
-          args_.type == ElementType::kFloat32
-              ? static_cast<const float*>(args_.metric)[begin + d]
-              : FloatFromHalf(static_cast<const uint16_t*>(args_.metric)[begin + d]);
-      query_[d] = static_cast<float>(value * factor);
-    }
-    return std::ldexp(1.0, exponent);
-  }
-
-  // body(rows, begin) for parts of the candidates that begin at `begin`.
-  template <typename Body>
-  void ForRows(const Body& body) {
-    const std::size_t count = index_.size();
-    const std::size_t parts = std::clamp<std::size_t>(count * args_.dim / kTaskFeatures, 1,
-                                                      std::max<std::size_t>(count, 1));
-    executor_.For(parts, [&](std::size_t part) {
-      const std::size_t begin = count * part / parts;
-      TokenPruneRows rows;
-      rows.type = args_.type;
-      rows.features = args_.metric;
-      rows.dim = args_.dim;
-      rows.index = index_.data() + begin;
-      rows.count = count * (part + 1) / parts - begin;
-      body(rows, begin);
-    });
-  }
-
-  const TokenPruneKernel& kernel_;
-  const TokenPruneArgs& args_;
-  const Executor& executor_;
-  // Of the candidates, in input order:
-  std::vector<uint32_t> index_;         // rows of metric
-  std::vector<std::size_t> positions_;  // inside the segment
-  std::vector<double> norms_;           // squared
-  std::vector<float> similarity_;       // the largest to any chosen token
-  std::vector<float> dots_;
-  std::vector<float> query_;
-};
-
-// Positions inside the segment of the k tokens to keep, in any order.
-std::vector<std::size_t> SelectFrom(const TokenPruneKernel& kernel, const TokenPruneArgs& args,
-                                    const Segment& segment, std::size_t k,
-                                    const Executor& executor) {
+// The tokens to keep of a segment, in the order of their choice, and what becomes of the others.
+std::vector<int64_t> Keep(const TokenPruneKernel& kernel, const TokenPruneArgs& args,
+                          const Segment& segment, std::size_t k, const Executor& executor,
+                          TokenPruneSelection* selection) {
   const std::size_t n = segment.tokens.size();
-  const TokenPruneMode mode = args.options.mode;
-  if (mode == TokenPruneMode::kRandom) return Random(args.options.seed, segment.id, n, k);
-  if (mode == TokenPruneMode::kUniform) return Uniform(n, k);
+  if (k == n) return {segment.tokens.begin(), segment.tokens.end()};
+  if (k == 0) return {};
+  const std::vector<float> scores = ScoresOf(args, segment);
+  std::optional<TokenSimilarity> similarity;
+  if (NeedsSimilarity(args.options.mode) || args.options.merge != MergeKind::kNone) {
+    similarity.emplace(kernel, args, segment.row, segment.tokens, executor);
+  }
+  const Positions chosen =
+      SelectTokens(args.options, segment.id, n, k, scores, similarity ? &*similarity : nullptr);
+  if (args.options.merge != MergeKind::kNone) {
+    Merge(args, segment, chosen, scores, &*similarity, selection);
+  }
+  std::vector<int64_t> tokens;
+  for (const std::size_t position : chosen) tokens.push_back(segment.tokens[position]);
+  return tokens;
+}
 
-  std::vector<double> scores;
-  if (args.scores != nullptr) {
-    bool all_nan = true;
-    for (const uint32_t token : segment.tokens) {
-      const float score = args.scores[segment.row * args.s + token];
-      all_nan = all_nan && std::isnan(score);
-      scores.push_back(std::isnan(score) ? -kInfinity : double{score});
+// Lets the tokens of each segment share their slots of `row`, which is rising, in the order of
+// their choice.
+void OrderByChoice(const std::vector<std::vector<int64_t>>& segments, std::vector<int64_t>* row) {
+  const std::vector<int64_t> rising = *row;
+  for (const std::vector<int64_t>& chosen : segments) {
+    std::vector<int64_t> sorted = chosen;
+    std::sort(sorted.begin(), sorted.end());
+    for (std::size_t i = 0; i < chosen.size(); ++i) {
+      const auto slot = std::lower_bound(rising.begin(), rising.end(), sorted[i]);
+      (*row)[static_cast<std::size_t>(slot - rising.begin())] = chosen[i];
     }
-    if (all_nan) return Uniform(n, k);
   }
-  if (mode == TokenPruneMode::kTopkScore) return LargestKeys(scores, k);
+}
 
-  GreedySelection greedy(kernel, args, segment, executor);
-  if (mode == TokenPruneMode::kMmr) {
-    const std::vector<double> z = NormalizedScores(scores);
-    return greedy.Run(z, z, double{args.options.theta}, k);
+// The mean of the hidden rows of `kept`, with weight 1, and of `others`.
+void WriteMean(const TokenPruneArgs& args, std::size_t row, int64_t kept,
+               const std::vector<int64_t>& others, const TokenPruneSelection& selection,
+               std::byte* slot) {
+  const auto place = [&](int64_t token) { return row * args.s + static_cast<std::size_t>(token); };
+  double weights = 1.0;
+  for (const int64_t token : others) weights += selection.weight[place(token)];
+  const auto write = [&](const auto* hidden, auto* out, const auto& widen, const auto& narrow) {
+    constexpr std::size_t kBlock = 512;
+    double sums[kBlock];
+    for (std::size_t begin = 0; begin < args.width; begin += kBlock) {
+      const std::size_t count = std::min(kBlock, args.width - begin);
+      const auto* own = hidden + place(kept) * args.width + begin;
+      for (std::size_t d = 0; d < count; ++d) sums[d] = double{widen(own[d])};
+      for (const int64_t token : others) {
+        const auto* features = hidden + place(token) * args.width + begin;
+        const double weight = selection.weight[place(token)];
+        for (std::size_t d = 0; d < count; ++d) sums[d] += weight * double{widen(features[d])};
+      }
+      for (std::size_t d = 0; d < count; ++d) {
+        out[begin + d] = narrow(static_cast<float>(sums[d] / weights));
+      }
+    }
+  };
+  const auto same = [](float value) { return value; };
+  if (args.type == ElementType::kFloat32) {
+    write(static_cast<const float*>(args.hidden), reinterpret_cast<float*>(slot), same, same);
+  } else {
+    write(static_cast<const uint16_t*>(args.hidden), reinterpret_cast<uint16_t*>(slot),
+          FloatFromHalf, HalfFromFloat);
   }
-  const std::vector<double> no_weight(n, 0.0);
-  const std::vector<double> first = args.scores != nullptr ? scores : greedy.norms();
-  return greedy.Run(first, no_weight, 0.0, k);
 }
 
 }  // namespace
@@ -246,22 +211,17 @@ uint32_t Philox4x32(const uint32_t (&counter)[4], const uint32_t (&key)[2]) {
   return c[0];
 }
 
-bool ParseTokenPruneMode(std::string_view name, TokenPruneMode* mode) {
-  constexpr struct {
-    std::string_view name;
-    TokenPruneMode mode;
-  } kModes[] = {{"topk_score", TokenPruneMode::kTopkScore},
-                {"maxmin", TokenPruneMode::kMaxmin},
-                {"mmr", TokenPruneMode::kMmr},
-                {"uniform", TokenPruneMode::kUniform},
-                {"random", TokenPruneMode::kRandom},
-                {"none", TokenPruneMode::kNone}};
-  for (const auto& known : kModes) {
-    if (known.name != name) continue;
-    *mode = known.mode;
-    return true;
-  }
-  return false;
+const int64_t* TokenPruneQuotas::Of(std::size_t row, int32_t segment) const {
+  if (counts == nullptr) return nullptr;
+  const std::size_t columns = std::max<std::size_t>(segments, 1);
+  return counts + (rows == 1 ? 0 : row) * columns +
+         (segments == 0 ? 0 : static_cast<std::size_t>(segment));
+}
+
+std::size_t TokenPruneSelection::Longest() const {
+  std::size_t longest = 0;
+  for (const std::vector<int64_t>& row : kept) longest = std::max(longest, row.size());
+  return longest;
 }
 
 std::size_t TokenPruneCount(const TokenPruneOptions& options, const int64_t* keep, std::size_t n) {
@@ -279,35 +239,75 @@ std::size_t TokenPruneCount(const TokenPruneOptions& options, const int64_t* kee
       std::min(tokens, std::max({options.min_keep, wanted, int64_t{0}})));
 }
 
-std::vector<std::vector<int64_t>> RunTokenPrune(const TokenPruneKernel& kernel,
-                                                const TokenPruneArgs& args,
-                                                const Executor& executor) {
-  std::vector<std::vector<int64_t>> kept(args.b);
+TokenPruneSelection RunTokenPrune(const TokenPruneKernel& kernel, const TokenPruneArgs& args,
+                                  const Executor& executor) {
+  TokenPruneSelection selection;
+  selection.kept.resize(args.b);
+  selection.target.assign(args.b * args.s, -1);
+  if (args.options.merge != MergeKind::kNone) selection.weight.assign(args.b * args.s, 0.0);
   for (std::size_t row = 0; row < args.b; ++row) {
-    std::map<int32_t, Segment> segments;
-    for (std::size_t t = 0; t < args.s; ++t) {
-      const int32_t id = args.segments == nullptr ? 0 : args.segments[row * args.s + t];
-      if (id == -1) kept[row].push_back(static_cast<int64_t>(t));
-      if (id < 0) continue;
-      Segment& segment = segments[id];
-      segment.row = row;
-      segment.id = id;
-      segment.tokens.push_back(static_cast<uint32_t>(t));
+    std::vector<int64_t>& kept = selection.kept[row];
+    std::vector<std::vector<int64_t>> of_segments;
+    for (const auto& [id, segment] : SegmentsOf(args, row, &kept)) {
+      const std::size_t k =
+          TokenPruneCount(args.options, args.keep.Of(row, id), segment.tokens.size());
+      of_segments.push_back(Keep(kernel, args, segment, k, executor, &selection));
+      kept.insert(kept.end(), of_segments.back().begin(), of_segments.back().end());
     }
-    for (const auto& [id, segment] : segments) {
-      const std::size_t n = segment.tokens.size();
-      const std::size_t k = TokenPruneCount(args.options, args.keep, n);
-      if (k == n) {
-        kept[row].insert(kept[row].end(), segment.tokens.begin(), segment.tokens.end());
-      } else if (k > 0) {
-        for (const std::size_t position : SelectFrom(kernel, args, segment, k, executor)) {
-          kept[row].push_back(segment.tokens[position]);
-        }
+    std::sort(kept.begin(), kept.end());
+    for (const int64_t token : kept) {
+      selection.target[row * args.s + static_cast<std::size_t>(token)] = token;
+    }
+    if (args.options.order == TokenOrder::kScore) OrderByChoice(of_segments, &kept);
+  }
+  return selection;
+}
+
+void WritePruned(const TokenPruneArgs& args, const TokenPruneSelection& selection, void* pruned,
+                 const Executor& executor) {
+  const std::size_t token_bytes = args.width * ElementBytes(args.type);
+  const std::size_t longest = selection.Longest();
+  if (token_bytes == 0 || longest == 0) return;
+  for (std::size_t row = 0; row < args.b; ++row) {
+    const std::vector<int64_t>& kept = selection.kept[row];
+    std::byte* target = static_cast<std::byte*>(pruned) + row * longest * token_bytes;
+    const std::byte* source =
+        static_cast<const std::byte*>(args.hidden) + row * args.s * token_bytes;
+    for (std::size_t slot = 0; slot < kept.size(); ++slot) {
+      std::memcpy(target + slot * token_bytes,
+                  source + static_cast<std::size_t>(kept[slot]) * token_bytes, token_bytes);
+    }
+    std::memset(target + kept.size() * token_bytes, 0, (longest - kept.size()) * token_bytes);
+    if (args.options.merge == MergeKind::kNone) continue;
+
+    std::vector<std::vector<int64_t>> parts(args.s);  // of kept tokens: what goes into them
+    for (std::size_t t = 0; t < args.s; ++t) {
+      const int64_t into = selection.target[row * args.s + t];
+      if (into >= 0 && into != static_cast<int64_t>(t)) {
+        parts[static_cast<std::size_t>(into)].push_back(static_cast<int64_t>(t));
       }
     }
-    std::sort(kept[row].begin(), kept[row].end());
+    executor.For(kept.size(), [&](std::size_t slot) {
+      const std::vector<int64_t>& others = parts[static_cast<std::size_t>(kept[slot])];
+      if (others.empty()) return;
+      WriteMean(args, row, kept[slot], others, selection, target + slot * token_bytes);
+    });
   }
-  return kept;
+}
+
+void WriteTokenMap(const TokenPruneArgs& args, const TokenPruneSelection& selection,
+                   int64_t* token_map) {
+  std::vector<int64_t> slots(args.s);
+  for (std::size_t row = 0; row < args.b; ++row) {
+    const std::vector<int64_t>& kept = selection.kept[row];
+    for (std::size_t slot = 0; slot < kept.size(); ++slot) {
+      slots[static_cast<std::size_t>(kept[slot])] = static_cast<int64_t>(slot);
+    }
+    for (std::size_t t = row * args.s; t < (row + 1) * args.s; ++t) {
+      const int64_t target = selection.target[t];
+      token_map[t] = target < 0 ? -1 : slots[static_cast<std::size_t>(target)];
+    }
+  }
 }
 
 }  // namespace bivlm

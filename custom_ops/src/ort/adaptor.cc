@@ -100,6 +100,8 @@ std::string Text(ElementType type) {
   switch (type) {
     case ElementType::kFloat32:
       return "float32";
+    case ElementType::kInt8:
+      return "int8";
     case ElementType::kUint8:
       return "uint8";
     case ElementType::kUint16:
@@ -211,6 +213,15 @@ std::vector<int64_t> IntsAttribute(const Api* api, const KernelInfo* info, const
     Check(KernelInfoGetAttributeArray_int64::Call(api, info, name, values.data(), &count));
   }
   return values;
+}
+
+bool HasInput(const Api* api, const KernelInfo* info, std::size_t index) {
+  std::size_t count = 0;
+  Check(KernelInfo_GetInputCount::Call(api, info, &count));
+  if (index >= count) return false;
+  std::size_t size = 0;  // with the terminator
+  Check(KernelInfo_GetInputName::Call(api, info, index, nullptr, &size));
+  return size > 1;
 }
 
 std::string NodeLabel(const Api* api, const KernelInfo* info, const char* op) {

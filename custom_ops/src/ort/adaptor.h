@@ -91,6 +91,9 @@ Tensor View(const Api* api, const Value* value);
 Tensor Input(const Api* api, const KernelContext* context, std::size_t index);
 void* Output(const Api* api, KernelContext* context, std::size_t index, const Dims& dims);
 
+// Whether the node has the optional input `index`.
+bool HasInput(const Api* api, const KernelInfo* info, std::size_t index);
+
 // The constant input `index` of a node, or a missing tensor if it is missing or not constant.
 Tensor ConstantInput(const Api* api, const KernelInfo* info, std::size_t index);
 

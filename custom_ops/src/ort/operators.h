@@ -12,8 +12,9 @@ namespace bivlm::ort {
 // it.
 struct Operator : CustomOp {
   const Api* api = nullptr;
-  ElementType type = ElementType::kUndefined;        // of the activations; undefined: any
-  ElementType cache_type = ElementType::kUndefined;  // of a KV cache, where there is one
+  ElementType type = ElementType::kUndefined;         // of the activations; undefined: any
+  ElementType cache_type = ElementType::kUndefined;   // of a KV cache, where there is one
+  ElementType metric_type = ElementType::kUndefined;  // of features to compare, where there are any
 };
 
 // What the operators have alike; inputs and outputs are required unless set otherwise.
@@ -38,7 +39,7 @@ Operator MakeBinaryMatMulOp(const Api* api);
 // ONNX Runtime allows one input of any type per operator, these have more: one operator per type.
 Operator MakeAttentionOp(const Api* api, ElementType type, ElementType cache_type);
 Operator MakeGatedSiluOp(const Api* api, ElementType type);
-Operator MakeTokenPruneOp(const Api* api, ElementType type);
+Operator MakeTokenPruneOp(const Api* api, ElementType type, ElementType metric_type);
 
 }  // namespace bivlm::ort
 

@@ -24,7 +24,7 @@ uint32_t MinorVersion(const ApiBase* base) {
 // registration is never freed.
 struct Registration {
   const Api* api;
-  Operator ops[8];
+  Operator ops[12];
   CustomOpDomain* domain = nullptr;
 
   Registration(const Api* used, bool infers_shapes)
@@ -35,8 +35,12 @@ struct Registration {
             MakeAttentionOp(used, ElementType::kFloat32, ElementType::kFloat16),
             MakeGatedSiluOp(used, ElementType::kFloat32),
             MakeGatedSiluOp(used, ElementType::kFloat16),
-            MakeTokenPruneOp(used, ElementType::kFloat32),
-            MakeTokenPruneOp(used, ElementType::kFloat16)} {
+            MakeTokenPruneOp(used, ElementType::kFloat32, ElementType::kFloat32),
+            MakeTokenPruneOp(used, ElementType::kFloat32, ElementType::kFloat16),
+            MakeTokenPruneOp(used, ElementType::kFloat32, ElementType::kInt8),
+            MakeTokenPruneOp(used, ElementType::kFloat16, ElementType::kFloat16),
+            MakeTokenPruneOp(used, ElementType::kFloat16, ElementType::kFloat32),
+            MakeTokenPruneOp(used, ElementType::kFloat16, ElementType::kInt8)} {
     Check(CreateCustomOpDomain::Call(api, kDomain, &domain));
     for (Operator& op : ops) {
       if (!infers_shapes) op.InferOutputShapeFn = nullptr;

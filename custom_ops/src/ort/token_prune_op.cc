@@ -21,17 +21,44 @@ constexpr std::size_t kInputs = 5;
 struct Kernel {
   const Api* api = nullptr;
   std::string label;
-  std::string mode_name;
   const TokenPruneKernel* kernel = nullptr;
   TokenPruneOptions options;
 };
 
-bool NeedsScores(TokenPruneMode mode) {
-  return mode == TokenPruneMode::kTopkScore || mode == TokenPruneMode::kMmr;
+// What needs the input scores, or "".
+std::string NeedOfScores(const TokenPruneOptions& options) {
+  const auto choice = [](const char* name, std::string_view value) {
+    return std::string(name) + " '" + std::string(value) + "'";
+  };
+  if (options.mode == TokenPruneMode::kTopkScore || options.mode == TokenPruneMode::kMmr) {
+    return choice("mode", kTokenPruneModes[static_cast<std::size_t>(options.mode)]);
+  }
+  if (options.mode == TokenPruneMode::kMaxmin && options.first == FirstToken::kMaxScore) {
+    return choice("first", "max_score");
+  }
+  if (options.merge == MergeKind::kScoreWeighted) return choice("merge", "score_weighted");
+  return "";
 }
 
-std::string MissingScores(const std::string& mode) {
-  return "mode '" + mode + "' needs the input scores, which is missing";
+void RefuseMissingScores(const TokenPruneOptions& options) {
+  const std::string need = NeedOfScores(options);
+  if (need.empty()) return;
+  throw InvalidArgument(need + " needs the input scores, which is missing");
+}
+
+// *choice as the attribute says, unchanged if it is missing.
+template <typename Choice, std::size_t count>
+void ReadChoice(const Api* api, const KernelInfo* info, const char* attribute,
+                const std::string_view (&names)[count], Choice* choice) {
+  const std::string_view unset = names[static_cast<std::size_t>(*choice)];
+  const std::string given = StringAttribute(api, info, attribute, std::string(unset).c_str());
+  if (ParseChoice(names, given, choice)) return;
+  std::string known;
+  for (const std::string_view name : names) {
+    if (!known.empty()) known += name == names[count - 1] ? " or " : ", ";
+    known += name;
+  }
+  throw InvalidArgument(std::string(attribute) + " is '" + given + "', expected " + known);
 }
 
 // Whether the value is in 0..1; not so for NaN.
@@ -60,22 +87,19 @@ Status* CreateKernel(const CustomOp*, const Api* api, const KernelInfo* info, vo
     label = kernel->label;
 
     TokenPruneOptions& options = kernel->options;
-    kernel->mode_name = StringAttribute(api, info, "mode", "mmr");
-    if (!ParseTokenPruneMode(kernel->mode_name, &options.mode)) {
-      throw InvalidArgument("mode is '" + kernel->mode_name +
-                            "', expected topk_score, maxmin, mmr, uniform, random or none");
-    }
+    ReadChoice(api, info, "mode", kTokenPruneModes, &options.mode);
+    ReadChoice(api, info, "score_reduce", kScoreReductions, &options.score_reduce);
+    ReadChoice(api, info, "first", kFirstTokens, &options.first);
+    ReadChoice(api, info, "similarity", kSimilarityKinds, &options.similarity);
+    ReadChoice(api, info, "merge", kMergeKinds, &options.merge);
+    ReadChoice(api, info, "order", kTokenOrders, &options.order);
     options.keep_count = IntAttribute(api, info, "keep_count", options.keep_count);
     options.keep_ratio = FloatAttribute(api, info, "keep_ratio", options.keep_ratio);
     options.min_keep = IntAttribute(api, info, "min_keep", options.min_keep);
     options.theta = FloatAttribute(api, info, "theta", options.theta);
     options.seed = IntAttribute(api, info, "seed", options.seed);
     CheckOptions(options);
-    std::size_t inputs = 0;
-    Check(KernelInfo_GetInputCount::Call(api, info, &inputs));
-    if (NeedsScores(options.mode) && inputs <= kScores) {
-      throw InvalidArgument(MissingScores(kernel->mode_name));
-    }
+    if (!HasInput(api, info, kScores)) RefuseMissingScores(options);
 
     const std::string forced = ForcedKernel();
     kernel->kernel = SelectTokenPrune(SupportedIsa(), forced);
@@ -94,7 +118,7 @@ struct Inputs {
   Tensor metric;
 };
 
-void CheckInputs(const Kernel& kernel, const Inputs& inputs) {
+void CheckInputs(const Inputs& inputs) {
   const auto require = [](const std::string& problem) {
     if (!problem.empty()) throw InvalidArgument(problem);
   };
@@ -105,10 +129,14 @@ void CheckInputs(const Kernel& kernel, const Inputs& inputs) {
   if (tokens[0] * tokens[1] > int64_t{std::numeric_limits<int32_t>::max()}) {
     throw InvalidArgument("hidden is " + Text(inputs.hidden.dims) + ", at most 2^31 - 1 tokens");
   }
-  if (inputs.scores) {
+  if (inputs.scores && inputs.scores.dims.size() != 3) {
     require(Mismatch("scores", inputs.scores, ElementType::kFloat32, tokens));
-  } else if (NeedsScores(kernel.options.mode)) {
-    throw InvalidArgument(MissingScores(kernel.mode_name));
+  } else if (inputs.scores) {
+    const Dims by_head = {tokens[0], inputs.scores.dims[1], tokens[1]};
+    require(Mismatch("scores", inputs.scores, ElementType::kFloat32, by_head));
+    if (by_head[1] == 0) {
+      throw InvalidArgument("scores is " + Text(by_head) + ", expected at least one head");
+    }
   }
   if (inputs.segments) {
     require(Mismatch("segments", inputs.segments, ElementType::kInt32, tokens));
@@ -122,60 +150,76 @@ void CheckInputs(const Kernel& kernel, const Inputs& inputs) {
       }
     }
   }
-  if (inputs.keep) {
-    int64_t count = 1;
-    for (const int64_t size : inputs.keep.dims) count *= size;
-    if (inputs.keep.type != ElementType::kInt64 || count != 1) {
-      throw InvalidArgument("keep is " + Text(inputs.keep.type) + " " + Text(inputs.keep.dims) +
-                            ", expected one int64");
-    }
-    const int64_t keep = *static_cast<const int64_t*>(inputs.keep.data);
-    if (keep < 0) {
-      throw InvalidArgument("keep is " + std::to_string(keep) + ", expected 0 or more");
-    }
-  }
   const Dims& metric = inputs.metric.dims;
-  if (inputs.metric && (inputs.metric.type != inputs.hidden.type || metric.size() != 3 ||
-                        metric[0] != tokens[0] || metric[1] != tokens[1])) {
-    throw InvalidArgument("metric is " + Text(inputs.metric.type) + " " + Text(metric) +
-                          ", expected " + Text(inputs.hidden.type) + " [" +
-                          std::to_string(tokens[0]) + ", " + std::to_string(tokens[1]) + ", Dm]");
+  if (inputs.metric && (metric.size() != 3 || metric[0] != tokens[0] || metric[1] != tokens[1])) {
+    throw InvalidArgument("metric is " + Text(metric) + ", expected [" + std::to_string(tokens[0]) +
+                          ", " + std::to_string(tokens[1]) + ", Dm]");
   }
 }
 
-// Writes the three outputs.
-void WriteOutputs(const Api* api, KernelContext* context, const Tensor& hidden,
-                  const std::vector<std::vector<int64_t>>& kept) {
-  std::size_t longest = 0;
-  for (const std::vector<int64_t>& row : kept) longest = std::max(longest, row.size());
-  const int64_t b = hidden.dims[0];
-  const int64_t s_kept = static_cast<int64_t>(longest);
-  const std::size_t element_bytes = hidden.type == ElementType::kFloat32 ? 4 : 2;
-  const std::size_t token_bytes = static_cast<std::size_t>(hidden.dims[2]) * element_bytes;
-  const std::size_t row_bytes = static_cast<std::size_t>(hidden.dims[1]) * token_bytes;
-
-  const std::byte* source = static_cast<const std::byte*>(hidden.data);
-  std::byte* pruned = static_cast<std::byte*>(Output(api, context, 0, {b, s_kept, hidden.dims[2]}));
-  int64_t* indices = static_cast<int64_t*>(Output(api, context, 1, {b, s_kept}));
-  int64_t* lengths = static_cast<int64_t*>(Output(api, context, 2, {b}));
-  for (std::size_t row = 0; row < kept.size(); ++row) {
-    const std::vector<int64_t>& tokens = kept[row];
-    if (lengths != nullptr) lengths[row] = static_cast<int64_t>(tokens.size());
-    if (pruned != nullptr && token_bytes > 0 && longest > 0) {
-      std::byte* target = pruned + row * longest * token_bytes;
-      for (const int64_t token : tokens) {
-        std::memcpy(target,
-                    source + row * row_bytes + static_cast<std::size_t>(token) * token_bytes,
-                    token_bytes);
-        target += token_bytes;
-      }
-      std::memset(target, 0, (longest - tokens.size()) * token_bytes);
+// The numbers of keep, checked against the segments.
+TokenPruneQuotas Quotas(const Tensor& keep, const TokenPruneArgs& args) {
+  TokenPruneQuotas quotas;
+  if (!keep) return quotas;
+  int64_t count = 1;
+  for (const int64_t size : keep.dims) count *= size;
+  const auto rows = static_cast<int64_t>(args.b);
+  const bool is_one = count == 1;
+  const bool by_row = keep.dims.size() == 1 && keep.dims[0] == rows;
+  const bool by_segment = keep.dims.size() == 2 && keep.dims[0] == rows;
+  if (keep.type != ElementType::kInt64 || !(is_one || by_row || by_segment)) {
+    const std::string batch = std::to_string(rows);
+    throw InvalidArgument("keep is " + Text(keep.type) + " " + Text(keep.dims) +
+                          ", expected int64: one number, one per row [" + batch +
+                          "], or one per row and segment [" + batch + ", segments]");
+  }
+  quotas.counts = static_cast<const int64_t*>(keep.data);
+  if (!is_one) {
+    quotas.rows = args.b;
+    if (by_segment) quotas.segments = static_cast<std::size_t>(keep.dims[1]);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (quotas.counts[i] < 0) {
+      throw InvalidArgument("keep is " + std::to_string(quotas.counts[i]) + ", expected 0 or more");
     }
+  }
+  if (is_one || !by_segment) return quotas;
+  for (std::size_t i = 0; i < args.b * args.s; ++i) {
+    const int64_t segment = args.segments == nullptr ? 0 : args.segments[i];
+    if (segment < keep.dims[1]) continue;
+    throw InvalidArgument("keep is " + Text(keep.dims) + ", but row " + std::to_string(i / args.s) +
+                          " has a token of segment " + std::to_string(segment) +
+                          "; expected numbers for segments 0 to " + std::to_string(segment));
+  }
+  return quotas;
+}
+
+MetricType MetricTypeOf(ElementType type) {
+  if (type == ElementType::kInt8) return MetricType::kInt8;
+  return type == ElementType::kFloat32 ? MetricType::kFloat32 : MetricType::kFloat16;
+}
+
+// Writes the four outputs.
+void WriteOutputs(const Api* api, KernelContext* context, const TokenPruneArgs& args,
+                  const TokenPruneSelection& selection, const Executor& executor) {
+  const auto b = static_cast<int64_t>(args.b);
+  const std::size_t longest = selection.Longest();
+  const auto s_kept = static_cast<int64_t>(longest);
+  void* pruned = Output(api, context, 0, {b, s_kept, static_cast<int64_t>(args.width)});
+  if (pruned != nullptr) WritePruned(args, selection, pruned, executor);
+  auto* indices = static_cast<int64_t*>(Output(api, context, 1, {b, s_kept}));
+  auto* lengths = static_cast<int64_t*>(Output(api, context, 2, {b}));
+  for (std::size_t row = 0; row < args.b; ++row) {
+    const std::vector<int64_t>& tokens = selection.kept[row];
+    if (lengths != nullptr) lengths[row] = static_cast<int64_t>(tokens.size());
     if (indices != nullptr) {
       int64_t* target = std::copy(tokens.begin(), tokens.end(), indices + row * longest);
       std::fill(target, indices + (row + 1) * longest, int64_t{0});
     }
   }
+  auto* token_map =
+      static_cast<int64_t*>(Output(api, context, 3, {b, static_cast<int64_t>(args.s)}));
+  if (token_map != nullptr) WriteTokenMap(args, selection, token_map);
 }
 
 Status* Compute(void* state, KernelContext* context) noexcept {
@@ -187,23 +231,29 @@ Status* Compute(void* state, KernelContext* context) noexcept {
     inputs.segments = Input(kernel.api, context, kSegments);
     inputs.keep = Input(kernel.api, context, kKeep);
     inputs.metric = Input(kernel.api, context, kMetric);
-    CheckInputs(kernel, inputs);
+    CheckInputs(inputs);
 
     const Tensor& metric = inputs.metric ? inputs.metric : inputs.hidden;
     TokenPruneArgs args;
     args.options = kernel.options;
     args.b = static_cast<std::size_t>(inputs.hidden.dims[0]);
     args.s = static_cast<std::size_t>(inputs.hidden.dims[1]);
-    args.scores = static_cast<const float*>(inputs.scores.data);
-    args.segments = static_cast<const int32_t*>(inputs.segments.data);
-    args.keep = static_cast<const int64_t*>(inputs.keep.data);
     args.type = inputs.hidden.type == ElementType::kFloat32 ? bivlm::ElementType::kFloat32
                                                             : bivlm::ElementType::kFloat16;
+    args.hidden = inputs.hidden.data;
+    args.width = static_cast<std::size_t>(inputs.hidden.dims[2]);
+    args.scores = static_cast<const float*>(inputs.scores.data);
+    if (inputs.scores.dims.size() == 3)
+      args.heads = static_cast<std::size_t>(inputs.scores.dims[1]);
+    args.segments = static_cast<const int32_t*>(inputs.segments.data);
+    args.keep = Quotas(inputs.keep, args);
+    args.metric_type = MetricTypeOf(metric.type);
     args.metric = metric.data;
     args.dim = static_cast<std::size_t>(metric.dims[2]);
     SessionThreads threads(kernel.api, context);
-    WriteOutputs(kernel.api, context, inputs.hidden,
-                 RunTokenPrune(*kernel.kernel, args, threads.executor()));
+    const Executor executor = threads.executor();
+    WriteOutputs(kernel.api, context, args, RunTokenPrune(*kernel.kernel, args, executor),
+                 executor);
   });
 }
 
@@ -228,30 +278,31 @@ Status* InferShape(const CustomOp* op, ShapeInferContext* context) noexcept {
 }
 
 ElementType InputType(const CustomOp* op, std::size_t index) {
-  const ElementType type = static_cast<const Operator*>(op)->type;
-  const ElementType types[kInputs] = {type, ElementType::kFloat32, ElementType::kInt32,
-                                      ElementType::kInt64, type};
+  const Operator& made = *static_cast<const Operator*>(op);
+  const ElementType types[kInputs] = {made.type, ElementType::kFloat32, ElementType::kInt32,
+                                      ElementType::kInt64, made.metric_type};
   return types[index];
 }
 
 }  // namespace
 
-Operator MakeTokenPruneOp(const Api* api, ElementType type) {
+Operator MakeTokenPruneOp(const Api* api, ElementType type, ElementType metric_type) {
   Operator op = NewOperator(api);
   op.type = type;
+  op.metric_type = metric_type;
   op.GetName = [](const CustomOp*) { return "TokenPrune"; };
   op.GetInputType = InputType;
   op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
   op.GetOutputType = [](const CustomOp* self, std::size_t index) {
     return index == 0 ? static_cast<const Operator*>(self)->type : ElementType::kInt64;
   };
-  op.GetOutputTypeCount = [](const CustomOp*) { return std::size_t{3}; };
+  op.GetOutputTypeCount = [](const CustomOp*) { return std::size_t{4}; };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.GetInputCharacteristic = [](const CustomOp*, std::size_t index) {
     return index == kHidden ? Characteristic::kRequired : Characteristic::kOptional;
   };
   op.GetOutputCharacteristic = [](const CustomOp*, std::size_t index) {
-    return index == 2 ? Characteristic::kOptional : Characteristic::kRequired;
+    return index >= 2 ? Characteristic::kOptional : Characteristic::kRequired;
   };
   op.CreateKernelV2 = CreateKernel;
   op.KernelComputeV2 = Compute;

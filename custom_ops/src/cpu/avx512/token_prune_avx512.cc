@@ -13,38 +13,44 @@ namespace bivlm {
 namespace {
 
 constexpr std::size_t kLanes = 16;
+constexpr std::size_t kTile = 4;  // rows and queries whose products are summed side by side
 
 // Lanes of the vector at feature d that exist.
 __mmask16 LanesAt(std::size_t d, std::size_t dim) {
   return static_cast<__mmask16>((1U << std::min(kLanes, dim - d)) - 1U);
 }
 
-template <ElementType type>
+template <MetricType type>
 __m512 Load(const TokenPruneRows& rows, std::size_t i, std::size_t d, __mmask16 mask) {
   const std::size_t at = rows.index[i] * rows.dim + d;
-  if constexpr (type == ElementType::kFloat32) {
+  if constexpr (type == MetricType::kFloat32) {
     return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(rows.features) + at);
-  } else {
+  } else if constexpr (type == MetricType::kFloat16) {
     return _mm512_cvtph_ps(
         _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(rows.features) + at));
+  } else {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+        _mm_maskz_loadu_epi8(mask, static_cast<const int8_t*>(rows.features) + at)));
   }
 }
 
-template <ElementType type>
-double SquaredNorm(const TokenPruneRows& rows, std::size_t i) {
-  __m512d low = _mm512_setzero_pd();
-  __m512d high = _mm512_setzero_pd();
-  for (std::size_t d = 0; d < rows.dim; d += kLanes) {
-    const __m512 v = Load<type>(rows, i, d, LanesAt(d, rows.dim));
-    const __m512d v_low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-    const __m512d v_high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-    low = _mm512_fmadd_pd(v_low, v_low, low);
-    high = _mm512_fmadd_pd(v_high, v_high, high);
+template <MetricType type>
+void SquaredNormsOf(const TokenPruneRows& rows, double* norms) {
+  for (std::size_t i = 0; i < rows.count; ++i) {
+    __m512d low = _mm512_setzero_pd();
+    __m512d high = _mm512_setzero_pd();
+    for (std::size_t d = 0; d < rows.dim; d += kLanes) {
+      const __m512 v = Load<type>(rows, i, d, LanesAt(d, rows.dim));
+      const __m512d v_low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+      const __m512d v_high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+      low = _mm512_fmadd_pd(v_low, v_low, low);
+      high = _mm512_fmadd_pd(v_high, v_high, high);
+    }
+    norms[i] = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
   }
-  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
 
-template <ElementType type>
+template <MetricType type>
 float Dot(const TokenPruneRows& rows, std::size_t i, const float* query) {
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
                     _mm512_setzero_ps()};
@@ -66,22 +72,120 @@ float Dot(const TokenPruneRows& rows, std::size_t i, const float* query) {
       _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
-void SquaredNorms(const TokenPruneRows& rows, double* norms) {
-  for (std::size_t i = 0; i < rows.count; ++i) {
-    norms[i] = rows.type == ElementType::kFloat32 ? SquaredNorm<ElementType::kFloat32>(rows, i)
-                                                  : SquaredNorm<ElementType::kFloat16>(rows, i);
+// kTile rows from i on with kTile queries.
+template <MetricType type>
+void DotTile(const TokenPruneRows& rows, std::size_t i, const float* queries, float* dots,
+             std::size_t stride) {
+  __m512 sums[kTile][kTile];
+#pragma GCC unroll 4
+  for (auto& of_query : sums) {
+#pragma GCC unroll 4
+    for (__m512& sum : of_query) sum = _mm512_setzero_ps();
+  }
+  const auto add = [&](std::size_t d, __mmask16 mask) {
+    __m512 row[kTile];
+#pragma GCC unroll 4
+    for (std::size_t r = 0; r < kTile; ++r) row[r] = Load<type>(rows, i + r, d, mask);
+#pragma GCC unroll 4
+    for (std::size_t q = 0; q < kTile; ++q) {
+      const __m512 query = _mm512_maskz_loadu_ps(mask, queries + q * rows.dim + d);
+#pragma GCC unroll 4
+      for (std::size_t r = 0; r < kTile; ++r) {
+        sums[q][r] = _mm512_fmadd_ps(row[r], query, sums[q][r]);
+      }
+    }
+  };
+  std::size_t d = 0;
+  for (; d + kLanes <= rows.dim; d += kLanes) add(d, 0xFFFF);
+  if (d < rows.dim) add(d, LanesAt(d, rows.dim));
+  for (std::size_t q = 0; q < kTile; ++q) {
+    for (std::size_t r = 0; r < kTile; ++r) {
+      dots[q * stride + i + r] = _mm512_reduce_add_ps(sums[q][r]);
+    }
   }
 }
 
-void Dots(const TokenPruneRows& rows, const float* query, float* dots) {
-  for (std::size_t i = 0; i < rows.count; ++i) {
-    dots[i] = rows.type == ElementType::kFloat32 ? Dot<ElementType::kFloat32>(rows, i, query)
-                                                 : Dot<ElementType::kFloat16>(rows, i, query);
+template <MetricType type>
+void DotsOf(const TokenPruneRows& rows, const float* queries, std::size_t count, float* dots,
+            std::size_t stride) {
+  const std::size_t tiled_rows = rows.count / kTile * kTile;
+  std::size_t q = 0;
+  for (; q + kTile <= count; q += kTile) {
+    const float* query = queries + q * rows.dim;
+    float* out = dots + q * stride;
+    for (std::size_t i = 0; i < tiled_rows; i += kTile) {
+      DotTile<type>(rows, i, query, out, stride);
+    }
+    for (std::size_t i = tiled_rows; i < rows.count; ++i) {
+      for (std::size_t t = 0; t < kTile; ++t) {
+        out[t * stride + i] = Dot<type>(rows, i, query + t * rows.dim);
+      }
+    }
   }
+  for (; q < count; ++q) {
+    for (std::size_t i = 0; i < rows.count; ++i) {
+      dots[q * stride + i] = Dot<type>(rows, i, queries + q * rows.dim);
+    }
+  }
+}
+
+void SquaredNorms(const TokenPruneRows& rows, double* norms) {
+  switch (rows.type) {
+    case MetricType::kFloat32:
+      return SquaredNormsOf<MetricType::kFloat32>(rows, norms);
+    case MetricType::kFloat16:
+      return SquaredNormsOf<MetricType::kFloat16>(rows, norms);
+    case MetricType::kInt8:
+      return SquaredNormsOf<MetricType::kInt8>(rows, norms);
+  }
+}
+
+void Dots(const TokenPruneRows& rows, const float* queries, std::size_t count, float* dots,
+          std::size_t stride) {
+  switch (rows.type) {
+    case MetricType::kFloat32:
+      return DotsOf<MetricType::kFloat32>(rows, queries, count, dots, stride);
+    case MetricType::kFloat16:
+      return DotsOf<MetricType::kFloat16>(rows, queries, count, dots, stride);
+    case MetricType::kInt8:
+      return DotsOf<MetricType::kInt8>(rows, queries, count, dots, stride);
+  }
+}
+
+double Uncovered(const float* similarity, const float* covered, const double* weights,
+                 std::size_t count) {
+  constexpr std::size_t kDoubles = 8;
+  __m512d sum = _mm512_setzero_pd();
+  for (std::size_t i = 0; i < count; i += kDoubles) {
+    const auto mask = static_cast<__mmask8>((1U << std::min(kDoubles, count - i)) - 1U);
+    const __m512d alike = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, similarity + i));
+    const __m512d already = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, covered + i));
+    const __m512d more = _mm512_max_pd(_mm512_sub_pd(alike, already), _mm512_setzero_pd());
+    sum = _mm512_fmadd_pd(_mm512_maskz_loadu_pd(mask, weights + i), more, sum);
+  }
+  return _mm512_reduce_add_pd(sum);
+}
+
+double Product(const double* a, const double* b, std::size_t count) {
+  constexpr std::size_t kDoubles = 8;
+  __m512d even = _mm512_setzero_pd();
+  __m512d odd = _mm512_setzero_pd();
+  std::size_t i = 0;
+  for (; i + 2 * kDoubles <= count; i += 2 * kDoubles) {
+    even = _mm512_fmadd_pd(_mm512_loadu_pd(a + i), _mm512_loadu_pd(b + i), even);
+    odd =
+        _mm512_fmadd_pd(_mm512_loadu_pd(a + i + kDoubles), _mm512_loadu_pd(b + i + kDoubles), odd);
+  }
+  for (; i < count; i += kDoubles) {
+    const auto mask = static_cast<__mmask8>((1U << std::min(kDoubles, count - i)) - 1U);
+    even = _mm512_fmadd_pd(_mm512_maskz_loadu_pd(mask, a + i), _mm512_maskz_loadu_pd(mask, b + i),
+                           even);
+  }
+  return _mm512_reduce_add_pd(_mm512_add_pd(even, odd));
 }
 
 }  // namespace
 
-const TokenPruneFunctions TokenPruneAvx512 = {SquaredNorms, Dots};
+const TokenPruneFunctions TokenPruneAvx512 = {SquaredNorms, Dots, Uncovered, Product};
 
 }  // namespace bivlm

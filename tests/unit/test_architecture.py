@@ -13,6 +13,7 @@ SHARED = {
     "config",
     "bundle",
     "datasets",
+    "memory",
     "package_files",
     "pictures",
     "positions",

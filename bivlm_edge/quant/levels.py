@@ -109,7 +109,7 @@ def fit_coefficients(weight: Tensor, planes: int, column_weights: Tensor | None 
     table = sign_table(planes).to(weight.dtype)
     for _ in range(_ITERATIONS):
         levels = make_levels(alpha)
-        codes = levels.codes.long().gather(0, levels.nearest(weight.T))
+        codes = levels.nearest_codes(weight.T).long()
         signs = table[codes].permute(1, 2, 0)  # n, planes, k
         weighted = signs * weights
         gram = weighted @ signs.mT

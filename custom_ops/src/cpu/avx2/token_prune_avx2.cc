@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "bivlm/token_prune.h"
+#include "token_prune_rows.h"
 
 namespace bivlm {
 namespace {
@@ -133,51 +134,20 @@ void SquaredNormsOf(const TokenPruneRows& rows, double* norms) {
   for (std::size_t i = 0; i < rows.count; ++i) norms[i] = SquaredNorm<type>(rows, i);
 }
 
-template <MetricType type>
-void DotsOf(const TokenPruneRows& rows, const float* queries, std::size_t count, float* dots,
-            std::size_t stride) {
-  const std::size_t tiled_rows = rows.count / kRowTile * kRowTile;
-  std::size_t q = 0;
-  for (; q + kQueryTile <= count; q += kQueryTile) {
-    const float* query = queries + q * rows.dim;
-    float* out = dots + q * stride;
-    for (std::size_t i = 0; i < tiled_rows; i += kRowTile) {
-      DotTile<type>(rows, i, query, out, stride);
-    }
-    for (std::size_t i = tiled_rows; i < rows.count; ++i) {
-      for (std::size_t t = 0; t < kQueryTile; ++t) {
-        out[t * stride + i] = Dot<type>(rows, i, query + t * rows.dim);
-      }
-    }
-  }
-  for (; q < count; ++q) {
-    for (std::size_t i = 0; i < rows.count; ++i) {
-      dots[q * stride + i] = Dot<type>(rows, i, queries + q * rows.dim);
-    }
-  }
-}
-
 void SquaredNorms(const TokenPruneRows& rows, double* norms) {
-  switch (rows.type) {
-    case MetricType::kFloat32:
-      return SquaredNormsOf<MetricType::kFloat32>(rows, norms);
-    case MetricType::kFloat16:
-      return SquaredNormsOf<MetricType::kFloat16>(rows, norms);
-    case MetricType::kInt8:
-      return SquaredNormsOf<MetricType::kInt8>(rows, norms);
-  }
+  WithMetricType(rows.type, [&](auto type) { SquaredNormsOf<type()>(rows, norms); });
 }
 
 void Dots(const TokenPruneRows& rows, const float* queries, std::size_t count, float* dots,
           std::size_t stride) {
-  switch (rows.type) {
-    case MetricType::kFloat32:
-      return DotsOf<MetricType::kFloat32>(rows, queries, count, dots, stride);
-    case MetricType::kFloat16:
-      return DotsOf<MetricType::kFloat16>(rows, queries, count, dots, stride);
-    case MetricType::kInt8:
-      return DotsOf<MetricType::kInt8>(rows, queries, count, dots, stride);
-  }
+  WithMetricType(rows.type, [&](auto type) {
+    TiledDots<kRowTile, kQueryTile>(
+        rows, queries, count, dots, stride,
+        [&](std::size_t i, const float* query, float* out) {
+          DotTile<type()>(rows, i, query, out, stride);
+        },
+        [&](std::size_t i, const float* query) { return Dot<type()>(rows, i, query); });
+  });
 }
 
 double Uncovered(const float* similarity, const float* covered, const double* weights,

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "bivlm/token_prune.h"
+#include "token_prune_rows.h"
 
 namespace bivlm {
 namespace {
@@ -52,26 +53,12 @@ void DotsOf(const TokenPruneRows& rows, const float* queries, std::size_t count,
 }
 
 void SquaredNorms(const TokenPruneRows& rows, double* norms) {
-  switch (rows.type) {
-    case MetricType::kFloat32:
-      return SquaredNormsOf<MetricType::kFloat32>(rows, norms);
-    case MetricType::kFloat16:
-      return SquaredNormsOf<MetricType::kFloat16>(rows, norms);
-    case MetricType::kInt8:
-      return SquaredNormsOf<MetricType::kInt8>(rows, norms);
-  }
+  WithMetricType(rows.type, [&](auto type) { SquaredNormsOf<type()>(rows, norms); });
 }
 
 void Dots(const TokenPruneRows& rows, const float* queries, std::size_t count, float* dots,
           std::size_t stride) {
-  switch (rows.type) {
-    case MetricType::kFloat32:
-      return DotsOf<MetricType::kFloat32>(rows, queries, count, dots, stride);
-    case MetricType::kFloat16:
-      return DotsOf<MetricType::kFloat16>(rows, queries, count, dots, stride);
-    case MetricType::kInt8:
-      return DotsOf<MetricType::kInt8>(rows, queries, count, dots, stride);
-  }
+  WithMetricType(rows.type, [&](auto type) { DotsOf<type()>(rows, queries, count, dots, stride); });
 }
 
 double Uncovered(const float* similarity, const float* covered, const double* weights,

@@ -28,7 +28,14 @@ from bivlm_edge.tuning.blocks import tune_blocks
 from bivlm_edge.tuning.end_to_end import tune_end_to_end
 from bivlm_edge.tuning.objective import Teacher, head_of, mean_divergence
 from bivlm_edge.tuning.planes import PlaneWeight
-from bivlm_edge.tuning.trainer import RATES, State, Trainer, norms_and_biases, restore
+from bivlm_edge.tuning.trainer import (
+    BLOCK_RATES,
+    END_TO_END_RATES,
+    State,
+    Trainer,
+    norms_and_biases,
+    restore,
+)
 
 _HELD_OUT_SHARE = 8
 _MOST_HELD_OUT = 8
@@ -248,7 +255,7 @@ def _tune_blocks(
         teacher.module,
         training,
         held_out,
-        RATES.times(config.tune_rate),
+        BLOCK_RATES.times(config.tune_rate),
         config.tune_epochs,
         config.seed,
         config.tune_signs,
@@ -271,7 +278,7 @@ def _tune_end_to_end(
         name: PlaneWeight(weight, floats[name].weight if config.tune_signs else None)
         for name, weight in packed.items()
     }
-    rates = RATES.times(config.tune_rate)
+    rates = END_TO_END_RATES.times(config.tune_rate)
     return tune_end_to_end(
         module,
         Trainer(module, weights, norms_and_biases(module), rates, steps),

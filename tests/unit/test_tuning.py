@@ -209,11 +209,15 @@ def check_module(model: TinyModel, quantized: QuantizedModel) -> None:
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
 
 
-@pytest.mark.parametrize(("tune", "steps", "gain"), [("blocks", 1, 0.75), ("end-to-end", 10, 0.6)])
-def test_coefficients_return_to_a_planted_optimum(tune: str, steps: int, gain: float) -> None:
+@pytest.mark.parametrize(
+    ("tune", "rate", "steps", "gain"), [("blocks", 8.0, 1, 0.75), ("end-to-end", 24.0, 10, 0.6)]
+)
+def test_coefficients_return_to_a_planted_optimum(
+    tune: str, rate: float, steps: int, gain: float
+) -> None:
     model, quantized, teacher, optimum = planted(factor=1.15)
     size = quantized.nbytes
-    config = QuantConfig(tune=tune, tune_rate=8.0)
+    config = QuantConfig(tune=tune, tune_rate=rate)
     if tune != "blocks":
         config = dataclasses.replace(config, tune_steps=steps)
     batches = make_batches(8, samples=16)
@@ -230,7 +234,7 @@ def test_coefficients_return_to_a_planted_optimum(tune: str, steps: int, gain: f
 def test_signs_are_trained_towards_a_planted_optimum() -> None:
     model, quantized, teacher, _ = planted(flipped=0.02)
     start = dict(quantized.weights)
-    config = QuantConfig(tune="end-to-end", tune_signs=True, tune_steps=10, tune_rate=2.0)
+    config = QuantConfig(tune="end-to-end", tune_signs=True, tune_steps=10, tune_rate=6.0)
     report = tune_model(model, quantized, teacher, make_batches(8, samples=16), config, silent)
     assert report.after < 0.7 * report.before
     check_module(model, quantized)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from bivlm_edge.errors import RequestError
+from bivlm_edge.pruning import check_fraction
 from bivlm_edge.quant import methods
 
 Grid = Literal["minmax", "lloyd"]
@@ -242,8 +243,8 @@ class PruneConfig:
 
     Attributes:
         mode: One of PRUNE_MODES.
-        keep_ratio: Fraction of each image's tokens that is kept, 0 < ratio <= 1; 1 keeps all and
-            puts no TokenPrune into the graph.
+        keep_ratio: Fraction of each image's tokens that is kept unless a run asks for another
+            number, 0 < ratio <= 1; 1 keeps all and puts no TokenPrune into the graph.
         theta: `mmr`, `dpp`: weight of the score against similarity.
         seed: `random` only.
     """
@@ -255,11 +256,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _require_choice("--prune-mode", self.mode, PRUNE_MODES)
-        if not 0.0 < self.keep_ratio <= 1.0:
-            raise RequestError(
-                f"--keep-tokens {self.keep_ratio:g} is not a fraction in (0, 1]. "
-                "0.25 keeps a quarter of the image tokens."
-            )
+        check_fraction(self.keep_ratio)
 
     @property
     def is_active(self) -> bool:

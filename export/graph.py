@@ -14,6 +14,7 @@ from onnx_ir.tape import Tape
 
 from bivlm_edge.config import PruneConfig
 from bivlm_edge.export import schemas
+from bivlm_edge.pruning import KEEP_TOKENS, tokens_to_keep
 from bivlm_edge.quant.weights import GroupWeight
 
 IR_VERSION = 10
@@ -70,7 +71,8 @@ def join_parts(
     hidden_in, positions_in, last_in, total_in, *past = decoder_part.inputs
     leading = [] if options.position_axes == 1 else [options.position_axes]
     position_ids = _input("position_ids", ir.DataType.INT64, [*leading, "batch", "sequence"])
-    past_length = _past_length()
+    past_length = _with_default("past_length", FILLED)
+    keep_tokens = _keep_tokens(options)
     for value in past:
         value.name = str(value.name).removeprefix("decoder/")
 
@@ -79,7 +81,7 @@ def join_parts(
     images = main.op("Shape", [pixel_values], {"start": 0, "end": 1})
     has_images = main.op("Greater", [main.op("Squeeze", [images]), _scalar(main, 0, "zero")])
     branches = (
-        _picture_branch(vision_part, pixel_values, input_ids, embeddings, options),
+        _picture_branch(vision_part, pixel_values, input_ids, embeddings, options, keep_tokens),
         _text_branch(input_ids, embeddings),
     )
     hidden, kept = main.op_multi_out(
@@ -114,12 +116,13 @@ def join_parts(
         axes[2:3] = ["present"]  # past_length and this run decide
         value.shape = ir.Shape(axes)
     _name_values(main, "main")
+    optional = [past_length] if keep_tokens is None else [past_length, keep_tokens]
     graph = ir.Graph(
-        [input_ids, pixel_values, position_ids, past_length, *past],
+        [input_ids, pixel_values, position_ids, *optional, *past],
         [*decoder_part.outputs, kept],
         nodes=[*main.nodes, *decoder_part.nodes],
         initializers=[
-            past_length,
+            *optional,
             *vision_part.initializers,
             *main.initializers,
             *decoder_part.initializers,
@@ -131,12 +134,20 @@ def join_parts(
     return _clean(model)
 
 
-def _past_length() -> ir.Value:
-    """Return the input `past_length` with its default: an initializer of the same name."""
-    name = "past_length"
-    default = ir.tensor(np.array(FILLED, np.int64), name=name)
+def _with_default(name: str, value: int) -> ir.Value:
+    """Return an int64 scalar input with its default: an initializer of the same name."""
+    default = ir.tensor(np.array(value, np.int64), name=name)
     return ir.Value(
         name=name, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64), const_value=default
+    )
+
+
+def _keep_tokens(options: GraphOptions) -> ir.Value | None:
+    """Return the input that says how many tokens of each image are kept; None without pruning."""
+    if not options.prune.is_active:
+        return None
+    return _with_default(
+        KEEP_TOKENS, tokens_to_keep(options.prune.keep_ratio, options.image_tokens)
     )
 
 
@@ -189,6 +200,7 @@ def _picture_branch(
     input_ids: ir.Value,
     embeddings: ir.Value,
     options: GraphOptions,
+    keep_tokens: ir.Value | None,
 ) -> ir.Graph:
     """Encode the pictures, put their features at the placeholders, drop redundant ones."""
     ir.convenience.replace_all_uses_with(vision.inputs[0], pixel_values)
@@ -198,7 +210,7 @@ def _picture_branch(
     places = tape.op("Transpose", [tape.op("NonZero", [is_image])], {"perm": [1, 0]})
     rows = tape.op("Reshape", [features, _vector(tape, [-1, options.hidden_size], "row_shape")])
     merged = tape.op("ScatterND", [embeddings, places, rows], name="merge")
-    if not options.prune.is_active:
+    if keep_tokens is None:
         outputs = [merged, _all_indices(tape, input_ids)]
     else:
         flat_scores = tape.op("Reshape", [scores, _vector(tape, [-1], "flat")])
@@ -220,13 +232,8 @@ def _picture_branch(
         uses_scores = prune.mode not in ("uniform", "random")
         pruned, kept, _ = tape.op_multi_out(
             "TokenPrune",
-            [merged, row_scores if uses_scores else None, segments],
-            {
-                "mode": prune.mode,
-                "keep_ratio": prune.keep_ratio,
-                "theta": prune.theta,
-                "seed": prune.seed,
-            },
+            [merged, row_scores if uses_scores else None, segments, keep_tokens],
+            {"mode": prune.mode, "theta": prune.theta, "seed": prune.seed},
             num_outputs=3,
             domain=schemas.DOMAIN,
             name="prune",

@@ -21,6 +21,7 @@ from bivlm_edge.errors import ValidationError
 from bivlm_edge.export import reference_prune
 from bivlm_edge.export.parts import token_scores
 from bivlm_edge.models import VisionLanguageModel
+from bivlm_edge.pruning import tokens_to_keep
 
 NEW_TOKENS = 4
 # Relative error of the logits (L2 over a step) that a correct export stays under. Int8 activations
@@ -115,8 +116,8 @@ class TorchOracle:
             merged.numpy(),
             scores=scores.numpy(),
             segments=torch.where(is_image, image, -1).int().numpy(),
+            keep=np.array(tokens_to_keep(self._prune.keep_ratio, self._vlm.image_tokens)),
             mode=self._prune.mode,
-            keep_ratio=self._prune.keep_ratio,
             theta=self._prune.theta,
             seed=self._prune.seed,
         ).kept_indices

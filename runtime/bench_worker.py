@@ -42,6 +42,7 @@ class Job:
         threads: Threads of one operator; None: ONNX Runtime's choice.
         custom_ops: Whether to use the operator library.
         context: Tokens in the KV cache when decoding starts; None: those of the prompt.
+        keep_tokens: Fraction of the image tokens to keep; None: as exported.
         profile_folder: Record the time of every node, in a file there; None: do not. Recording
             slows the runs.
     """
@@ -53,6 +54,7 @@ class Job:
     threads: int | None
     custom_ops: bool
     context: int | None = None
+    keep_tokens: float | None = None
     profile_folder: str | None = None
 
 
@@ -94,7 +96,7 @@ class Worker:
             custom_ops=job.custom_ops,
             threads=job.threads,
             profile_prefix=None if folder is None else Path(folder) / "nodes",
-        )
+        ).keeping_fraction(job.keep_tokens)
         load_ms = _ms_since(start)
         self.job = job
         self.answerer = Answerer(session)

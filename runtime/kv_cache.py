@@ -9,6 +9,7 @@ import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
 from bivlm_edge.errors import RequestError
+from bivlm_edge.pruning import KEEP_TOKENS
 from bivlm_edge.runtime.session import VlmSession
 
 GROWTH = 256  # positions that a full cache gains
@@ -158,6 +159,8 @@ class BoundRun:
             "pixel_values": np.ascontiguousarray(pixels),
             "logits": self.logits,
         }
+        if session.keep_tokens is not None:
+            arrays[KEEP_TOKENS] = np.array(session.keep_tokens, np.int64)
         # the OrtValues are views of the arrays and must live as long as the binding
         self._values = {
             name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from bivlm_edge._ops_library import LIBRARY_VARIABLE, custom_ops_library
 from bivlm_edge.bundle import BundlePaths, Manifest, check_files, read_manifest
 from bivlm_edge.errors import BivlmError, BundleError, OpsLibraryError, RequestError
+from bivlm_edge.pruning import KEEP_TOKENS, check_fraction, tokens_to_keep
 
 OPS_DOMAIN = "ai.bivlm"
 KERNEL_VARIABLE = "BIVLM_FORCE_KERNEL"
@@ -52,6 +53,8 @@ class VlmSession:
         cache_dtype: Element type of the KV cache.
         past_names: Inputs of the KV cache, key and value of layer 0, 1, ...
         output_names: logits, kept_indices, then the outputs of the KV cache in the same order.
+        prunes: Whether the graph drops image tokens and takes their number, `keep_tokens`.
+        keep_tokens: Tokens that a run keeps of each image; None: as many as the export says.
     """
 
     paths: BundlePaths
@@ -62,11 +65,44 @@ class VlmSession:
     cache_dtype: type[np.floating[Any]]
     past_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    prunes: bool = False
+    keep_tokens: int | None = None
 
     @property
     def dtype(self) -> type[np.floating[Any]]:
         """Element type of pixel_values and logits."""
         return np.float16 if self.manifest.dtype == "fp16" else np.float32
+
+    def keeping(self, tokens: int | None) -> VlmSession:
+        """Return this session with another number of tokens kept of each image; weights are shared.
+
+        Args:
+            tokens: 0 drops the image, `manifest.image_tokens` or more keep all of it; None: as the
+                export says.
+
+        Raises:
+            RequestError: `tokens` is below 0, or the graph does not prune.
+        """
+        if tokens is not None and tokens < 0:
+            raise RequestError(f"{tokens} image tokens cannot be kept. Give 0 or more.")
+        if tokens is not None and not self.prunes:
+            raise RequestError(
+                f"'{self.paths.graph}' was exported without pruning, so that the number of image "
+                "tokens cannot be chosen. Export it with --keep-tokens 0.5 (any fraction below 1; "
+                "it is only the default)."
+            )
+        return replace(self, keep_tokens=tokens)
+
+    def keeping_fraction(self, fraction: float | None) -> VlmSession:
+        """Return this session with another fraction, in (0, 1], of each image's tokens kept.
+
+        Raises:
+            RequestError: `fraction` is outside (0, 1], or the graph does not prune.
+        """
+        if fraction is None:
+            return self
+        check_fraction(fraction)
+        return self.keeping(tokens_to_keep(fraction, self.manifest.image_tokens))
 
 
 def load(
@@ -134,7 +170,15 @@ def load(
     kinds = {value.name: value.type for value in session.get_inputs()}
     cache_dtype = np.float16 if kinds[past_names[0]] == "tensor(float16)" else np.float32
     return VlmSession(
-        paths, manifest, session, library, threads, cache_dtype, past_names, output_names
+        paths,
+        manifest,
+        session,
+        library,
+        threads,
+        cache_dtype,
+        past_names,
+        output_names,
+        prunes=KEEP_TOKENS in {node.name for node in session.get_overridable_initializers()},
     )
 
 

@@ -44,7 +44,7 @@ _FEWEST_PROFILED_TOKENS = 3
 _OF_KERNELS = ("shape", "tokens", "cold_mb")
 _OF_MODELS = (
     *("model", "compare", "compare_fallback", "image", "prompt", "new_tokens", "context"),
-    *("profile", "no_custom_ops", "synthetic", "refresh"),
+    *("keep_tokens", "profile", "no_custom_ops", "synthetic", "refresh"),
 )
 
 OptionalModelArgument = Annotated[
@@ -88,6 +88,15 @@ def run(
     prompt: Annotated[
         str, typer.Option("--prompt", help="The question.")
     ] = "what is shown in the picture?",
+    keep_tokens: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--keep-tokens",
+            help="Fraction of the image tokens to keep, of a MODEL exported with pruning; may be "
+            "repeated: MODEL is then measured with each.",
+            show_default="as exported",
+        ),
+    ] = None,
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", help="Tokens per answer; end tokens are ignored.")
     ] = 32,
@@ -152,6 +161,7 @@ def run(
     Examples:
       bivlm-bench model.onnx
       bivlm-bench model.onnx --compare fp32.onnx --threads 1 --json
+      bivlm-bench pruned.onnx --keep-tokens 1 --keep-tokens 0.5 --keep-tokens 0.25
       bivlm-bench model.onnx --context 512 --profile
       bivlm-bench --synthetic smolvlm-256m
       bivlm-bench --kernels --shape 4096x4096 --tokens 1 --threads 1
@@ -178,9 +188,12 @@ def run(
         read_manifest(BundlePaths(Path(path)))
     with _picture(image[0] if image else None) as picture:
         contenders = [
-            Contender(label, Job(path, picture, prompt, new_tokens, threads, custom_ops, context))
-            for label, path, custom_ops in _entries(
-                model, compare, compare_fallback, custom_ops=not no_custom_ops
+            Contender(
+                label,
+                Job(path, picture, prompt, new_tokens, threads, custom_ops, context, fraction),
+            )
+            for label, path, custom_ops, fraction in _entries(
+                model, compare, compare_fallback, keep_tokens, custom_ops=not no_custom_ops
             )
         ]
         total = (warmups + repeats) * len(contenders)
@@ -234,14 +247,25 @@ def _models(model: str | None, synthetic: str | None, *, refresh: bool) -> list[
 
 
 def _entries(
-    model: str, compare: list[str], compare_fallback: bool, *, custom_ops: bool
-) -> list[tuple[str, str, bool]]:
-    """Label, path and use of the library of each contender."""
+    model: str,
+    compare: list[str],
+    compare_fallback: bool,
+    keep_tokens: list[float] | None,
+    *,
+    custom_ops: bool,
+) -> list[tuple[str, str, bool, float | None]]:
+    """Label, path, use of the library and fraction of image tokens of each contender."""
     paths = [model, *compare]
-    entries = [(_label(path, paths), path, custom_ops) for path in paths]
+    label = _label(model, paths)
+    fractions: dict[str, float | None] = {label: None}
+    if keep_tokens:
+        fractions = {f"{label} ({fraction:g} kept)": fraction for fraction in keep_tokens}
+    entries = [(name, model, custom_ops, fraction) for name, fraction in fractions.items()]
     if compare_fallback:
-        entries.insert(1, (f"{_label(model, paths)} (fallback)", model, False))
-    return entries
+        entries += [
+            (f"{name} (fallback)", model, False, fraction) for name, fraction in fractions.items()
+        ]
+    return entries + [(_label(path, paths), path, custom_ops, None) for path in compare]
 
 
 def _label(path: str, paths: list[str]) -> str:

@@ -39,6 +39,14 @@ NoCustomOpsOption = Annotated[
         "--no-custom-ops", help="Run on stock ONNX Runtime operators, without the kernel library."
     ),
 ]
+KeepTokensOption = Annotated[
+    float | None,
+    typer.Option(
+        "--keep-tokens",
+        help="Fraction of the image tokens to keep, of a model exported with pruning.",
+        show_default="as exported",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", help="Threads of one operator.", show_default="physical cores"),

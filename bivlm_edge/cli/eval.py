@@ -10,6 +10,7 @@ from bivlm_edge import report
 from bivlm_edge.cli.common import (
     DebugOption,
     JsonOption,
+    KeepTokensOption,
     ModelArgument,
     NoCustomOpsOption,
     ThreadsOption,
@@ -52,6 +53,7 @@ def run(
         int | None,
         typer.Option("--max-new-tokens", help="Longest answer.", show_default="the model's own"),
     ] = None,
+    keep_tokens: KeepTokensOption = None,
     no_custom_ops: NoCustomOpsOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -68,7 +70,8 @@ def run(
     """
     if limit is not None and limit < 1:
         raise RequestError(f"--limit {limit} leaves no question to ask. Give 1 or more.")
-    answerer = Answerer(load(model, custom_ops=not no_custom_ops, threads=threads))
+    session = load(model, custom_ops=not no_custom_ops, threads=threads)
+    answerer = Answerer(session.keeping_fraction(keep_tokens))
     items = _items(data, split)[:limit]
     with progress("questions", len(items)) as on_progress:
         found = evaluate(answerer, items, max_new_tokens=max_new_tokens, on_progress=on_progress)

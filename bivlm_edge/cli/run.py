@@ -10,6 +10,7 @@ import typer
 from bivlm_edge.cli.common import (
     DebugOption,
     JsonOption,
+    KeepTokensOption,
     ModelArgument,
     NoCustomOpsOption,
     ThreadsOption,
@@ -46,6 +47,7 @@ def run(
         int | None,
         typer.Option("--seed", help="Of the draws.", show_default="a new one"),
     ] = None,
+    keep_tokens: KeepTokensOption = None,
     no_custom_ops: NoCustomOpsOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -63,7 +65,8 @@ def run(
             "Ask about each picture in a run of its own."
         )
     sampler = top_p_sampler(temperature, top_p, seed)
-    answerer = Answerer(load(model, custom_ops=not no_custom_ops, threads=threads))
+    session = load(model, custom_ops=not no_custom_ops, threads=threads)
+    answerer = Answerer(session.keeping_fraction(keep_tokens))
     start = time.perf_counter()
     picture = answerer.picture(image[0]) if image else None
     generation = answerer.ask(prompt, picture, max_new_tokens=max_new_tokens, sampler=sampler)

@@ -15,6 +15,8 @@ Grid = Literal["minmax", "lloyd"]
 Importance = Literal["none", "vlmq", "loss"]
 Tuning = Literal["none", "blocks", "end-to-end", "both"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "dpp", "coverage", "uniform", "random"]
+PruneScore = Literal["attention", "distance", "norm", "text", "none"]
+PruneMetric = Literal["features", "places"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
 
@@ -24,10 +26,21 @@ IMPORTANCES: tuple[str, ...] = get_args(Importance)
 STAGES = methods.declaration("bivlm-edge").stages
 TUNINGS: tuple[str, ...] = get_args(Tuning)
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
+PRUNE_SCORES: tuple[str, ...] = get_args(PruneScore)
+PICTURE_SCORES = ("attention", "distance", "norm")  # what the vision tower gives
+PRUNE_METRICS: tuple[str, ...] = get_args(PruneMetric)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 OPSETS = (21, 22, 23)
 DEFAULT_BITS = 2.0
+SCORELESS_MODES = ("uniform", "random")
+SCORE_MODES = ("mmr", "topk_score")  # of the others scores are optional
+SIMILARITY_MODES = ("mmr", "maxmin", "dpp", "coverage")
+THETA_MODES = ("mmr", "dpp")
+# What measured best on easy-VQA's validation pictures at a tenth of the tokens (docs/RESULTS.md).
+DEFAULT_SCORES: dict[str, PruneScore] = {"mmr": "distance", "topk_score": "attention"}
+DEFAULT_SCORE_LAYER = -2
+DEFAULT_METRIC: PruneMetric = "places"
 
 
 _READ_BY_TUNINGS: dict[str, tuple[str, ...]] = {
@@ -245,18 +258,91 @@ class PruneConfig:
         mode: One of PRUNE_MODES.
         keep_ratio: Fraction of each image's tokens that is kept unless a run asks for another
             number, 0 < ratio <= 1; 1 keeps all and puts no TokenPrune into the graph.
-        theta: `mmr`, `dpp`: weight of the score against similarity.
+        theta: `mmr`, `dpp`: weight of the score against similarity, 0 to 1. None: the mode's own.
         seed: `random` only.
+        score: What makes a token important (models/saliency.py), one of PRUNE_SCORES: attention
+            received in the vision tower, distance from the picture's mean token or norm of the
+            projected features, or nearness to the question. None: the mode's own.
+        score_layer: `attention`: block of the vision tower, counted from the last that runs if
+            below 0.
+        metric: What makes tokens alike, one of PRUNE_METRICS: their features, or their places in
+            the picture (models/places.py), so that kept tokens spread over it. None: places.
     """
 
     mode: PruneMode = "mmr"
     keep_ratio: float = 1.0
-    theta: float = 0.5
+    theta: float | None = None
     seed: int = 0
+    score: PruneScore | None = None
+    score_layer: int = DEFAULT_SCORE_LAYER
+    metric: PruneMetric | None = None
 
     def __post_init__(self) -> None:
         _require_choice("--prune-mode", self.mode, PRUNE_MODES)
         check_fraction(self.keep_ratio)
+        self._check_score()
+        self._check_metric()
+        self._check_theta()
+
+    def _check_score(self) -> None:
+        if self.score is not None:
+            _require_choice("--prune-score", self.score, PRUNE_SCORES)
+        if self.mode in SCORELESS_MODES and self.score not in (None, "none"):
+            raise RequestError(
+                f"--prune-score {self.score} does not go with --prune-mode {self.mode}, which "
+                "goes by no score. Leave it out, or choose another mode."
+            )
+        if self.mode in SCORE_MODES and self.score == "none":
+            accepted = ", ".join(score for score in PRUNE_SCORES if score != "none")
+            raise RequestError(
+                f"--prune-score none does not go with --prune-mode {self.mode}, which goes by a "
+                f"score. Choose {accepted}, or another mode."
+            )
+        if self.score_layer != DEFAULT_SCORE_LAYER and self.scores != "attention":
+            raise RequestError(
+                f"--score-layer {self.score_layer} is read by --prune-score attention alone; the "
+                f"score here is '{self.scores}'. Leave it out."
+            )
+
+    def _check_metric(self) -> None:
+        if self.metric is None:
+            return
+        _require_choice("--prune-metric", self.metric, PRUNE_METRICS)
+        if self.mode not in SIMILARITY_MODES:
+            raise RequestError(
+                f"--prune-metric {self.metric} does not go with --prune-mode {self.mode}, which "
+                f"compares no tokens. Leave it out, or choose {', '.join(SIMILARITY_MODES)}."
+            )
+
+    def _check_theta(self) -> None:
+        if self.theta is None:
+            return
+        if not 0.0 <= self.theta <= 1.0:
+            raise RequestError(f"--prune-theta {self.theta:g} is outside 0 to 1.")
+        if self.mode not in THETA_MODES:
+            raise RequestError(
+                f"--prune-theta {self.theta:g} has no effect with --prune-mode {self.mode}. Leave "
+                f"it out, or choose {' or '.join(THETA_MODES)}."
+            )
+
+    @property
+    def weight(self) -> float:
+        """The theta that is used."""
+        if self.theta is not None:
+            return self.theta
+        return 0.1 if self.mode == "mmr" and self.spreads else 0.5
+
+    @property
+    def spreads(self) -> bool:
+        """Whether tokens are compared by their places."""
+        return self.mode in SIMILARITY_MODES and (self.metric or DEFAULT_METRIC) == "places"
+
+    @property
+    def scores(self) -> PruneScore:
+        """The score that is used."""
+        if self.score is not None:
+            return self.score
+        return DEFAULT_SCORES.get(self.mode, "none")
 
     @property
     def is_active(self) -> bool:

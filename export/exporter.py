@@ -105,6 +105,8 @@ def export_model(
         raise RequestError("no calibration pictures were given; at least one is needed.")
     custom_ops_library()  # validation needs it: better missed now than after quantizing
     check_tunable(vlm, config.quant)
+    if config.prune.is_active:
+        vlm.check_score(config.prune.scores, config.prune.score_layer)
     tell = progress or _tell_nobody
     started = time.perf_counter()
     quantized, tuning = _quantize(vlm, items, config.quant, tell, work_folder)
@@ -279,7 +281,7 @@ def _build_graph(
     dtype: torch.dtype,
     config: ExportConfig,
 ) -> ir.Model:
-    vision = parts.trace_vision(vlm, dtype, config.opset)
+    vision = parts.trace_vision(vlm, config.prune, dtype, config.opset)
     decoder = parts.trace_decoder(vlm, dtype, torch_dtype(config.kv_cache), config.opset)
     options = GraphOptions(
         image_token_id=vlm.image_token_id,
@@ -289,9 +291,13 @@ def _build_graph(
         dtype=ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT,
         opset=config.opset,
         prune=config.prune,
+        place_features=vlm.place_features() if config.prune.spreads else None,
         position_axes=1 if vlm.image_grid is None else 3,
     )
-    model = join_parts(vision, decoder, table, options)
+    text_scores = None
+    if config.prune.is_active and config.prune.scores == "text":
+        text_scores = parts.trace_text_scores(vlm, dtype, config.opset)
+    model = join_parts(vision, decoder, table, options, text_scores)
     fuse_shared_inputs(model)
     return model
 

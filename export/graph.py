@@ -34,6 +34,8 @@ class GraphOptions:
         dtype: Type of activations, FLOAT or FLOAT16.
         opset: Version of the standard operators.
         prune: Token pruning.
+        place_features: Of one picture's tokens, ``(image_tokens, width)``, if tokens are compared
+            by their places.
         position_axes: 1, or 3 for M-RoPE: position_ids is then ``(3, batch, sequence)``.
     """
 
@@ -44,6 +46,7 @@ class GraphOptions:
     dtype: ir.DataType
     opset: int
     prune: PruneConfig
+    place_features: np.ndarray | None = None
     position_axes: int = 1
 
 
@@ -52,14 +55,18 @@ def join_parts(
     decoder: ir.Model,
     embedding: GroupWeight | np.ndarray,
     options: GraphOptions,
+    text_scores: ir.Model | None = None,
 ) -> ir.Model:
     """Return the whole model; the parts are taken apart and must not be used afterwards.
 
     Args:
-        vision: pixel_values to features, scores (`parts.trace_vision`).
+        vision: pixel_values to features and, where pictures have them, scores
+            (`parts.trace_vision`).
         decoder: The inputs of `parts.DecoderPart` to logits, present (`parts.trace_decoder`).
         embedding: Token table ``(vocab, hidden)``, quantized or float.
         options: The rest.
+        text_scores: Merged embeddings to scores, if the text gives them
+            (`parts.trace_text_scores`).
 
     Returns:
         A model with the inputs and outputs of DESIGN.md 8.
@@ -80,8 +87,10 @@ def join_parts(
     embeddings = _embed(main, input_ids, embedding, options.dtype)
     images = main.op("Shape", [pixel_values], {"start": 0, "end": 1})
     has_images = main.op("Greater", [main.op("Squeeze", [images]), _scalar(main, 0, "zero")])
+    text_part = None if text_scores is None else _take_apart(text_scores, "text_scores")
+    pictures = _Pictures(vision_part, text_part, pixel_values, input_ids, embeddings)
     branches = (
-        _picture_branch(vision_part, pixel_values, input_ids, embeddings, options, keep_tokens),
+        _picture_branch(pictures, options, keep_tokens),
         _text_branch(input_ids, embeddings),
     )
     hidden, kept = main.op_multi_out(
@@ -124,6 +133,7 @@ def join_parts(
         initializers=[
             *optional,
             *vision_part.initializers,
+            *([] if text_part is None else text_part.initializers),
             *main.initializers,
             *decoder_part.initializers,
         ],
@@ -195,57 +205,81 @@ def _embed(
 
 
 def _picture_branch(
-    vision: _Part,
-    pixel_values: ir.Value,
-    input_ids: ir.Value,
-    embeddings: ir.Value,
-    options: GraphOptions,
-    keep_tokens: ir.Value | None,
+    pictures: _Pictures, options: GraphOptions, keep_tokens: ir.Value | None
 ) -> ir.Graph:
     """Encode the pictures, put their features at the placeholders, drop redundant ones."""
-    ir.convenience.replace_all_uses_with(vision.inputs[0], pixel_values)
-    features, scores = vision.outputs
+    ir.convenience.replace_all_uses_with(pictures.vision.inputs[0], pictures.pixel_values)
+    input_ids = pictures.input_ids
     tape = Tape()
     is_image = tape.op("Equal", [input_ids, _scalar(tape, options.image_token_id, "image_token")])
     places = tape.op("Transpose", [tape.op("NonZero", [is_image])], {"perm": [1, 0]})
-    rows = tape.op("Reshape", [features, _vector(tape, [-1, options.hidden_size], "row_shape")])
-    merged = tape.op("ScatterND", [embeddings, places, rows], name="merge")
+    row_shape = _vector(tape, [-1, options.hidden_size], "row_shape")
+    rows = tape.op("Reshape", [pictures.vision.outputs[0], row_shape])
+    merged = tape.op("ScatterND", [pictures.embeddings, places, rows], name="merge")
     if keep_tokens is None:
         outputs = [merged, _all_indices(tape, input_ids)]
     else:
-        flat_scores = tape.op("Reshape", [scores, _vector(tape, [-1], "flat")])
-        no_scores = tape.op(
-            "ConstantOfShape",
-            [tape.op("Shape", [input_ids])],
-            {"value": ir.tensor(np.zeros(1, np.float32))},
-        )
-        row_scores = tape.op("ScatterND", [no_scores, places, flat_scores])
-        count = tape.op("Cast", [is_image], {"to": ir.DataType.INT32})
-        running = tape.op("CumSum", [count, _scalar(tape, 1, "sequence_axis")])
-        minus_one = _scalar(tape, -1, "text_segment", np.int32)
-        before = tape.op("Add", [running, minus_one])
-        image = tape.op(
-            "Div", [before, _scalar(tape, options.image_tokens, "image_tokens", np.int32)]
-        )
-        segments = tape.op("Where", [is_image, image, minus_one])
-        prune = options.prune
-        uses_scores = prune.mode not in ("uniform", "random")
-        pruned, kept, _ = tape.op_multi_out(
-            "TokenPrune",
-            [merged, row_scores if uses_scores else None, segments, keep_tokens],
-            {"mode": prune.mode, "theta": prune.theta, "seed": prune.seed},
-            num_outputs=3,
-            domain=schemas.DOMAIN,
-            name="prune",
-        )
-        outputs = [pruned, kept]
+        scores = _scores(tape, pictures, merged, is_image, places)
+        outputs = _prune(tape, merged, scores, is_image, options, keep_tokens)
+    text_nodes = [] if pictures.text_scores is None else pictures.text_scores.nodes
     return ir.Graph(
         [],
         outputs,
-        nodes=[*vision.nodes, *tape.nodes],
+        nodes=[*pictures.vision.nodes, *tape.nodes, *text_nodes],  # sorted in the end
         initializers=tape.initializers,
         name="picture",
     )
+
+
+def _scores(
+    tape: Tape, pictures: _Pictures, merged: ir.Value, is_image: ir.Value, places: ir.Value
+) -> ir.Value | None:
+    """Return the scores of all tokens, `(batch, sequence)`, or None where none are used."""
+    if pictures.text_scores is not None:
+        for value, given in zip(pictures.text_scores.inputs, (merged, is_image), strict=True):
+            ir.convenience.replace_all_uses_with(value, given)
+        return pictures.text_scores.outputs[0]
+    if len(pictures.vision.outputs) == 1:
+        return None
+    flat = tape.op("Reshape", [pictures.vision.outputs[1], _vector(tape, [-1], "flat")])
+    no_scores = tape.op(
+        "ConstantOfShape",
+        [tape.op("Shape", [pictures.input_ids])],
+        {"value": ir.tensor(np.zeros(1, np.float32))},
+    )
+    return tape.op("ScatterND", [no_scores, places, flat])
+
+
+def _prune(
+    tape: Tape,
+    merged: ir.Value,
+    scores: ir.Value | None,
+    is_image: ir.Value,
+    options: GraphOptions,
+    keep_tokens: ir.Value,
+) -> list[ir.Value]:
+    """Return what is left of `merged`, and its indices."""
+    count = tape.op("Cast", [is_image], {"to": ir.DataType.INT32})
+    running = tape.op("CumSum", [count, _scalar(tape, 1, "sequence_axis")])
+    minus_one = _scalar(tape, -1, "text_segment", np.int32)
+    before = tape.op("Add", [running, minus_one])
+    image = tape.op("Div", [before, _scalar(tape, options.image_tokens, "image_tokens", np.int32)])
+    segments = tape.op("Where", [is_image, image, minus_one])
+    metric = None
+    if options.place_features is not None:
+        table = _initializer(tape, options.place_features, "prune/places")
+        tokens = _scalar(tape, options.image_tokens, "image_tokens", np.int32)
+        metric = tape.op("Gather", [table, tape.op("Mod", [before, tokens])])
+    prune = options.prune
+    pruned, kept, _ = tape.op_multi_out(
+        "TokenPrune",
+        [merged, scores, segments, keep_tokens, metric],
+        {"mode": prune.mode, "theta": prune.weight, "seed": prune.seed},
+        num_outputs=3,
+        domain=schemas.DOMAIN,
+        name="prune",
+    )
+    return [pruned, kept]
 
 
 def _text_branch(input_ids: ir.Value, embeddings: ir.Value) -> ir.Graph:
@@ -294,6 +328,25 @@ class _Part:
     outputs: list[ir.Value]
     nodes: list[ir.Node]
     initializers: list[ir.Value]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pictures:
+    """What the branch for pictures is made of.
+
+    Attributes:
+        vision: pixel_values to features, and scores where pictures have them.
+        text_scores: Merged embeddings and where pictures are to scores, or None.
+        pixel_values: Input of the graph.
+        input_ids: Likewise.
+        embeddings: Of the tokens, `(batch, sequence, hidden)`.
+    """
+
+    vision: _Part
+    text_scores: _Part | None
+    pixel_values: ir.Value
+    input_ids: ir.Value
+    embeddings: ir.Value
 
 
 def _take_apart(model: ir.Model, prefix: str) -> _Part:

@@ -13,9 +13,10 @@ import torch
 from onnxscript import optimizer
 from torch import Tensor, nn
 
+from bivlm_edge.config import PICTURE_SCORES, PruneConfig
 from bivlm_edge.errors import UnsupportedModelError
 from bivlm_edge.export import attention, torch_ops
-from bivlm_edge.models import VisionLanguageModel
+from bivlm_edge.models import VisionLanguageModel, saliency
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.quant.weights import GroupWeight, QuantizedWeight
 
@@ -23,33 +24,25 @@ from bivlm_edge.quant.weights import GroupWeight, QuantizedWeight
 class VisionPart(nn.Module):
     """pixel_values ``(images, 3, H, W)`` to features ``(images, tokens, hidden)`` and scores."""
 
-    def __init__(self, vlm: VisionLanguageModel) -> None:
+    def __init__(self, vlm: VisionLanguageModel, prune: PruneConfig) -> None:
         super().__init__()
         self.module = vlm.module
         self._vlm = [vlm]  # in a list: not a submodule
+        self._score = prune.scores if prune.is_active else "none"
+        self._layer = prune.score_layer
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features and their importance ``(images, tokens)``."""
-        features = self._vlm[0].image_features(pixel_values)
-        return features, token_scores(features)
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Return features and, if the pictures alone give them, scores ``(images, tokens)``."""
+        features, scores = self._vlm[0].scored_features(pixel_values, self._score, self._layer)
+        return (features,) if scores is None else (features, scores)
 
 
-def token_scores(features: Tensor) -> Tensor:
-    """Importance of image tokens: Euclidean distance from the picture's mean token.
+class TextScorePart(nn.Module):
+    """Merged embeddings ``(B, S, hidden)`` and where pictures are to scores ``(B, S)``."""
 
-    Text-agnostic and free of attention weights: a token that looks like the rest of its picture
-    (background) scores low.
-
-    Args:
-        features: float ``(images, tokens, hidden)``.
-
-    Returns:
-        float32 ``(images, tokens)``.
-    """
-    wide = features.float()
-    mean = wide.mean(dim=1, keepdim=True)
-    scores: Tensor = torch.linalg.vector_norm(wide - mean, dim=-1)
-    return scores
+    def forward(self, embeddings: Tensor, is_image: Tensor) -> Tensor:
+        """Return the scores of all tokens."""
+        return saliency.text_relevance(embeddings, is_image)
 
 
 class DecoderPart(nn.Module):
@@ -178,17 +171,37 @@ def _replace_modules(vlm: VisionLanguageModel) -> list[tuple[nn.Module, str, nn.
     return replaced
 
 
-def trace_vision(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> ir.Model:
-    """Trace vision tower, projector and token scores; inputs and outputs named as in VisionPart."""
+def trace_vision(
+    vlm: VisionLanguageModel, prune: PruneConfig, dtype: torch.dtype, opset: int
+) -> ir.Model:
+    """Trace vision tower, projector and scores; inputs and outputs as in VisionPart."""
     pixels = torch.rand(2, *vlm.pixel_shape).to(dtype)
+    outputs = ["features"]
+    if prune.is_active and prune.scores in PICTURE_SCORES:
+        outputs.append("scores")
     return _trace(
-        VisionPart(vlm).eval(),
+        VisionPart(vlm, prune).eval(),
         (pixels,),
         {"pixel_values": {0: torch.export.Dim("images", min=1)}},
         ["pixel_values"],
-        ["features", "scores"],
+        outputs,
         opset,
         "vision tower",
+    )
+
+
+def trace_text_scores(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) -> ir.Model:
+    """Trace TextScorePart; its inputs are `embeddings` and `is_image`, its output `scores`."""
+    is_image = torch.tensor([[False, True, True, False], [True, True, False, False]])
+    shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    return _trace(
+        TextScorePart(),
+        (torch.rand(*is_image.shape, vlm.text_config.hidden_size, dtype=dtype), is_image),
+        {"embeddings": shape, "is_image": shape},
+        ["embeddings", "is_image"],
+        ["scores"],
+        opset,
+        "scores",
     )
 
 

@@ -19,8 +19,7 @@ from bivlm_edge import custom_ops_library
 from bivlm_edge.config import ExportConfig
 from bivlm_edge.errors import ValidationError
 from bivlm_edge.export import reference_prune
-from bivlm_edge.export.parts import token_scores
-from bivlm_edge.models import VisionLanguageModel
+from bivlm_edge.models import VisionLanguageModel, saliency
 from bivlm_edge.pruning import tokens_to_keep
 
 NEW_TOKENS = 4
@@ -108,17 +107,20 @@ class TorchOracle:
         """Return the positions that pruning keeps."""
         if not self._prune.is_active:
             return np.arange(sample.input_ids.shape[1])
-        merged, is_image, features = self._merge(sample)
-        scores = torch.zeros(is_image.shape)
-        scores[is_image] = token_scores(features).reshape(-1)
-        image = (is_image.cumsum(1) - 1) // self._vlm.image_tokens
+        merged, is_image, scores = self._merge(sample)
+        before = is_image.cumsum(1) - 1
+        image = before // self._vlm.image_tokens
+        metric = None
+        if self._prune.spreads:
+            metric = self._vlm.place_features()[(before % self._vlm.image_tokens).numpy()]
         indices = reference_prune.token_prune(
             merged.numpy(),
-            scores=scores.numpy(),
+            scores=None if scores is None else scores.numpy(),
             segments=torch.where(is_image, image, -1).int().numpy(),
             keep=np.array(tokens_to_keep(self._prune.keep_ratio, self._vlm.image_tokens)),
+            metric=metric,
             mode=self._prune.mode,
-            theta=self._prune.theta,
+            theta=self._prune.weight,
             seed=self._prune.seed,
         ).kept_indices
         return cast("NDArray[np.int64]", indices[0])
@@ -145,11 +147,20 @@ class TorchOracle:
             positions = sample.following(step)
         return np.stack(logits)
 
-    def _merge(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
-        """Return embeddings with the picture in them, where it is, and its features."""
-        features = self._vlm.image_features(sample.pixel_values)
+    def _merge(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return embeddings with the picture in them, where it is, and the scores, ``(1, S)``."""
+        prune, is_image = self._prune, sample.input_ids == self._vlm.image_token_id
+        features, found = self._vlm.scored_features(
+            sample.pixel_values, prune.scores if prune.is_active else "none", prune.score_layer
+        )
         merged = self._vlm.embed(sample.input_ids, features)
-        return merged, sample.input_ids == self._vlm.image_token_id, features
+        if found is not None:
+            scores = torch.zeros(is_image.shape)
+            scores[is_image] = found.reshape(-1)
+            return merged, is_image, scores
+        if prune.is_active and prune.scores == "text":
+            return merged, is_image, saliency.text_relevance(merged, is_image)
+        return merged, is_image, None
 
 
 class OnnxRunner:

@@ -21,6 +21,8 @@ from bivlm_edge.cli.common import (
 )
 from bivlm_edge.config import (
     DEFAULT_BITS,
+    DEFAULT_METRIC,
+    DEFAULT_SCORE_LAYER,
     DTYPES,
     FALLBACKS,
     GRIDS,
@@ -100,6 +102,41 @@ def export(
         float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
     ] = 1.0,
     prune_mode: Annotated[str, typer.Option("--prune-mode", help=_choices(PRUNE_MODES))] = "mmr",
+    prune_score: Annotated[
+        str | None,
+        typer.Option(
+            "--prune-score",
+            help="What makes an image token important: attention (that it receives in the vision "
+            "tower), distance (from the picture's mean), norm (of its features), text (nearness "
+            "to the question: for single questions, not for chats), none.",
+            show_default="mmr: distance, topk_score: attention, others: none",
+        ),
+    ] = None,
+    score_layer: Annotated[
+        int,
+        typer.Option(
+            "--score-layer",
+            help="Block of the vision tower for --prune-score attention, from 0, or from the last "
+            "if below 0.",
+        ),
+    ] = DEFAULT_SCORE_LAYER,
+    prune_metric: Annotated[
+        str | None,
+        typer.Option(
+            "--prune-metric",
+            help="What makes tokens alike in the modes that keep different ones: features, or "
+            "places (kept tokens spread over the picture).",
+            show_default=DEFAULT_METRIC,
+        ),
+    ] = None,
+    prune_theta: Annotated[
+        float | None,
+        typer.Option(
+            "--prune-theta",
+            help="mmr, dpp: weight of the score against similarity, 0 to 1.",
+            show_default="0.1 with mmr by places, else 0.5",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -215,7 +252,15 @@ def export(
             tune_samples=tune_samples,
             tune_rate=tune_rate,
         ),
-        prune=PruneConfig(mode=prune_mode, keep_ratio=keep_tokens, seed=seed),  # type: ignore[arg-type]
+        prune=PruneConfig(
+            mode=prune_mode,  # type: ignore[arg-type]  # checked by PruneConfig
+            keep_ratio=keep_tokens,
+            seed=seed,
+            score=prune_score,  # type: ignore[arg-type]
+            score_layer=score_layer,
+            metric=prune_metric,  # type: ignore[arg-type]
+            theta=prune_theta,
+        ),
         dtype=dtype,  # type: ignore[arg-type]
         fallback=fallback,  # type: ignore[arg-type]
         opset=opset,

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bivlm_edge.errors import UnsupportedModelError
-from bivlm_edge.models import qwen_vision
+from bivlm_edge.models import places, qwen_vision, saliency
 from bivlm_edge.pictures import squared
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
@@ -59,8 +59,26 @@ class Family(Protocol):
     def image_features(self, module: Any, pixel_values: Tensor) -> Tensor:
         """Return ``(images, image_tokens, hidden)`` from ``(images, 3, H, W)``."""
 
+    def attended_features(
+        self, module: Any, pixel_values: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `image_features` does and the attention that each token's patches receive.
+
+        Args:
+            module: The model.
+            pixel_values: ``(images, 3, H, W)``.
+            layer: Which of the vision tower's blocks, from 0; one of `blocks`.
+
+        Returns:
+            The features, and float32 ``(images, image_tokens)``: what the class token looks at
+            where the tower has one, else the mean over all patches' attention.
+        """
+
     def image_grid(self, module: Any) -> tuple[int, int] | None:
         """Return rows and columns of a picture's tokens if they are positions (M-RoPE), or None."""
+
+    def token_places(self, module: Any) -> places.Places:
+        """Return row and column of each of a picture's tokens in it; see places.py."""
 
     def picture_inputs(
         self, module: Any, pixel_values: Tensor, input_ids: Tensor
@@ -116,7 +134,18 @@ class Llava:
 
     def image_features(self, module: Any, pixel_values: Tensor) -> Tensor:
         """Return projected patch features of the configured layer."""
-        return _projected_features(module, pixel_values)
+        return _projected_features(module, pixel_values)[0]
+
+    def attended_features(
+        self, module: Any, pixel_values: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the features and the attention of their patches."""
+        features, states = _projected_features(module, pixel_values)
+        return features, _selected(module, _received(module, states, layer))
+
+    def token_places(self, module: Any) -> places.Places:
+        """Return the places of the patches; the class token has none."""
+        return _patch_places(module)
 
     def picture_inputs(
         self,
@@ -177,9 +206,20 @@ class LlavaOnevision:
 
     def image_features(self, module: Any, pixel_values: Tensor) -> Tensor:
         """Return projected patch features of the configured layer, then the newline."""
-        features = _projected_features(module, pixel_values)
-        newline = module.model.image_newline.expand(features.shape[0], 1, -1)
-        return torch.cat([features, newline], dim=1)
+        return _with_newline(module, _projected_features(module, pixel_values)[0])
+
+    def attended_features(
+        self, module: Any, pixel_values: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the features and the attention of their patches; the newline gets the mean."""
+        features, states = _projected_features(module, pixel_values)
+        received = _selected(module, _received(module, states, layer))
+        received = torch.cat([received, received.mean(dim=1, keepdim=True)], dim=1)
+        return _with_newline(module, features), received
+
+    def token_places(self, module: Any) -> places.Places:
+        """Return the places of the patches; the newline has none."""
+        return np.concatenate([_patch_places(module), places.NOWHERE])
 
     def picture_inputs(
         self,
@@ -245,6 +285,23 @@ class Idefics3:
         hidden = module.model.vision_model(pixel_values).last_hidden_state
         features: Tensor = module.model.connector(hidden)
         return features
+
+    def attended_features(
+        self, module: Any, pixel_values: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the features and the mean attention of the patches that the shuffle joins."""
+        model = module.model
+        output = model.vision_model(pixel_values, output_hidden_states=True)
+        block = model.vision_model.encoder.layers[layer]
+        received = _block_attention(block, output.hidden_states[layer], class_token=False)
+        shuffled = model.connector.pixel_shuffle(received[..., None], module.config.scale_factor)
+        return model.connector(output.last_hidden_state), shuffled.mean(dim=-1)
+
+    def token_places(self, module: Any) -> places.Places:
+        """Return the places of the shuffled blocks."""
+        vision = module.config.vision_config
+        side = vision.image_size // vision.patch_size // module.config.scale_factor
+        return places.grid(side, side)
 
     def picture_inputs(
         self,
@@ -329,6 +386,17 @@ class Qwen25Vl:
         """Return the tower's merged features."""
         return qwen_vision.features(module.model.visual, pixel_values)
 
+    def attended_features(
+        self, module: Any, pixel_values: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the features and the mean attention of the patches that the merger joins."""
+        return qwen_vision.attended_features(module.model.visual, pixel_values, layer)
+
+    def token_places(self, module: Any) -> places.Places:
+        """Return the places of the merged patches."""
+        blocks = self._side // qwen_vision.block_size(module.config.vision_config)
+        return places.grid(blocks, blocks)
+
     def picture_inputs(
         self, module: Any, pixel_values: Tensor, input_ids: Tensor
     ) -> dict[str, Tensor]:
@@ -380,21 +448,66 @@ def _check_tower(config: Any, towers: Sequence[str]) -> None:
         )
 
 
-def _projected_features(module: Any, pixel_values: Tensor) -> Tensor:
-    """Return projected patch features of a LLaVA's configured layer."""
-    config = module.config
-    hidden = module.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    features = hidden[config.vision_feature_layer]
-    if config.vision_feature_select_strategy == "default":
-        features = features[:, 1:]
+def _projected_features(module: Any, pixel_values: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return projected patch features of a LLaVA's configured layer, and the tower's states."""
+    states = module.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    features = _selected(module, states[module.config.vision_feature_layer])
     projected: Tensor = module.model.multi_modal_projector(features)
-    return projected
+    return projected, states
+
+
+def _selected(module: Any, patches: Tensor) -> Tensor:
+    """Return what becomes tokens of the patches on axis 1 of a LLaVA's tower."""
+    return patches[:, 1:] if module.config.vision_feature_select_strategy == "default" else patches
+
+
+def _patch_places(module: Any) -> places.Places:
+    vision = module.config.vision_config
+    side = vision.image_size // vision.patch_size
+    found = places.grid(side, side)
+    if vision.model_type == "clip_vision_model":
+        found = np.concatenate([places.NOWHERE, found])
+    drops_first = module.config.vision_feature_select_strategy == "default"
+    return found[drops_first:]
+
+
+def _with_newline(module: Any, features: Tensor) -> Tensor:
+    newline = module.model.image_newline.expand(features.shape[0], 1, -1)
+    return torch.cat([features, newline], dim=1)
+
+
+def _received(module: Any, states: Sequence[Tensor], layer: int) -> Tensor:
+    """Return the attention that the patches of a LLaVA's tower receive in a layer."""
+    has_class = module.config.vision_config.model_type == "clip_vision_model"
+    block = _tower_layers(module)[layer]
+    return _block_attention(block, states[layer], class_token=has_class)
+
+
+def _block_attention(block: Any, hidden: Tensor, *, class_token: bool) -> Tensor:
+    """Return the attention that patches receive in a CLIP or SigLIP block.
+
+    Args:
+        block: The block.
+        hidden: Its input ``(images, patches, width)``.
+        class_token: As in `saliency.attention_received`.
+    """
+    attention, normed = block.self_attn, block.layer_norm1(hidden)
+    query, key = (
+        project(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj)
+    )
+    return saliency.attention_received(query, key, attention.scale, class_token=class_token)
+
+
+def _tower_layers(module: Any) -> Sequence[Any]:
+    tower = module.model.vision_tower
+    layers: Sequence[Any] = getattr(tower, "vision_model", tower).encoder.layers
+    return layers
 
 
 def _llava_blocks(module: Any) -> Blocks:
     """Yield a LLaVA's encoder layers up to the feature layer, projector, decoder layers."""
-    tower = module.model.vision_tower
-    layers = getattr(tower, "vision_model", tower).encoder.layers
+    layers = _tower_layers(module)
     index = module.config.vision_feature_layer
     used = index if index >= 0 else len(layers) + 1 + index
     yield "vision", list(layers[:used])

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bivlm_edge.models import saliency
+
 
 def block_size(config: Any) -> int:
     """Return the pixels per side of one feature."""
@@ -50,6 +52,27 @@ def features(visual: Any, pixel_values: Tensor) -> Tensor:
         visual: A `Qwen2_5_VisionTransformerPretrainedModel`.
         pixel_values: float ``(images, 3, H, W)`` whose sides are whole windows.
     """
+    return _encoded(visual, pixel_values, None)[0]
+
+
+def attended_features(visual: Any, pixel_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Return what `features` does, and the attention that the patches of each feature receive.
+
+    Args:
+        visual: As in `features`.
+        pixel_values: Likewise.
+        layer: Which block's attention. In a block with windows a patch receives that of its
+            window, and every window sums to the same.
+
+    Returns:
+        The features, and float32 ``(images, tokens)``, mean over patches and heads.
+    """
+    merged, received = _encoded(visual, pixel_values, layer)
+    assert received is not None
+    return merged, received
+
+
+def _encoded(visual: Any, pixel_values: Tensor, layer: int | None) -> tuple[Tensor, Tensor | None]:
     config = visual.config
     merge, span = int(config.spatial_merge_size), window_blocks(config)
     # The frames of a still picture are equal: their kernels add up.
@@ -62,17 +85,32 @@ def features(visual: Any, pixel_values: Tensor) -> Tensor:
     windows, patches = cells[0] * cells[3], (span * merge) ** 2
     hidden = order.reshape(-1, windows * patches, width)
     cos, sin = _rotations(visual, rows, columns, cells)
+    received = None
     for index, block in enumerate(visual.blocks):
         is_full = index in config.fullatt_block_indexes
         parts = 1 if is_full else windows
-        hidden = hidden + _attention(block.attn, _norm(block.norm1, hidden), cos, sin, parts)
+        query, key, value = _states(block.attn, _norm(block.norm1, hidden), cos, sin, parts)
+        if index == layer:
+            of_parts = saliency.attention_received(
+                query, key, block.attn.scaling, class_token=False
+            )
+            received = of_parts.reshape(-1, windows * patches)
+        hidden = hidden + _attention(block.attn, query, key, value, hidden)
         hidden = hidden + block.mlp(_norm(block.norm2, hidden))
     normed = _norm(visual.merger.ln_q, hidden)
     merged = visual.merger.mlp(normed.reshape(-1, visual.merger.hidden_size))
-    shape = (-1, cells[0], cells[3], span, span, merged.shape[-1])
-    in_rows = merged.reshape(shape).permute(0, 1, 3, 2, 4, 5)
-    features: Tensor = in_rows.reshape(-1, rows * columns // merge**2, merged.shape[-1])
-    return features
+    blocks, width_out = (-1, cells[0], cells[3], span, span), merged.shape[-1]
+    tokens = rows * columns // merge**2
+    if received is not None:
+        of_blocks = received.reshape(-1, merge**2).mean(dim=-1)
+        received = _in_rows(of_blocks.reshape(*blocks, 1)).reshape(-1, tokens)
+    features = _in_rows(merged.reshape(*blocks, width_out)).reshape(-1, tokens, width_out)
+    return features, received
+
+
+def _in_rows(blocks: Tensor) -> Tensor:
+    """Return features of windows, ``(images, a, b, rows, columns, width)``, row by row."""
+    return blocks.permute(0, 1, 3, 2, 4, 5)
 
 
 def _norm(norm: Any, hidden: Tensor) -> Tensor:
@@ -93,8 +131,10 @@ def _rotations(
     return angles.cos(), angles.sin()
 
 
-def _attention(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, parts: int) -> Tensor:
-    """Return the attention's output ``(images, patches, width)``.
+def _states(
+    attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, parts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value, each ``(images * parts, heads, patches / parts, head_dim)``.
 
     Args:
         attention: A `Qwen2_5_VLVisionAttention`.
@@ -103,7 +143,7 @@ def _attention(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, parts: 
         sin: Likewise.
         parts: Windows that attend only to themselves; 1 for all to all.
     """
-    patches, width = hidden.shape[1:]
+    patches = hidden.shape[1]
     states = attention.qkv(hidden).reshape(-1, patches, 3, attention.num_heads, attention.head_dim)
     query, key, value = states.unbind(dim=2)
     query, key = (_rotated(part.float(), cos, sin).to(part.dtype) for part in (query, key))
@@ -111,8 +151,13 @@ def _attention(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, parts: 
         part.reshape(-1, patches // parts, *part.shape[2:]).transpose(1, 2)
         for part in (query, key, value)
     )
+    return query, key, value
+
+
+def _attention(attention: Any, query: Tensor, key: Tensor, value: Tensor, like: Tensor) -> Tensor:
+    """Return the attention's output, ``(images, patches, width)`` as `like`."""
     mixed = functional.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
-    output: Tensor = attention.proj(mixed.transpose(1, 2).reshape(-1, patches, width))
+    output: Tensor = attention.proj(mixed.transpose(1, 2).reshape(-1, *like.shape[1:]))
     return output
 
 

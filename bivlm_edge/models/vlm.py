@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from bivlm_edge.errors import CheckpointError, DataError, UnsupportedModelError
-from bivlm_edge.models import families
+from bivlm_edge.errors import CheckpointError, DataError, RequestError, UnsupportedModelError
+from bivlm_edge.models import families, places, saliency
 from bivlm_edge.models.streaming import StreamedBlocks, load_weights
 from bivlm_edge.positions import position_rows
 
@@ -97,6 +97,55 @@ class VisionLanguageModel:
             float ``(images, image_tokens, hidden)``, what replaces the image placeholders.
         """
         return self.family.image_features(self.module, pixel_values)
+
+    def scored_features(
+        self, pixel_values: Tensor, score: str, layer: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run vision tower and projector, and score their tokens for pruning.
+
+        Args:
+            pixel_values: float ``(images, 3, H, W)``.
+            score: One of `config.PRUNE_SCORES`.
+            layer: `attention`: block of the vision tower, counted from 0, or from the end if
+                below 0.
+
+        Returns:
+            As `image_features`, and float32 ``(images, image_tokens)``; None where the picture
+            alone gives no score (`text`, `none`).
+
+        Raises:
+            RequestError: The vision tower has no such block.
+        """
+        if score == "attention":
+            block = self._vision_block(layer)
+            return self.family.attended_features(self.module, pixel_values, block)
+        features = self.image_features(pixel_values)
+        of_features = {"distance": saliency.distance, "norm": saliency.norm}.get(score)
+        return features, None if of_features is None else of_features(features)
+
+    def place_features(self) -> NDArray[np.float32]:
+        """Return features of the places of a picture's tokens, ``(image_tokens, width)``."""
+        return places.features(self.family.token_places(self.module))
+
+    def check_score(self, score: str, layer: int) -> None:
+        """Refuse a score that this model does not have.
+
+        Raises:
+            RequestError: See `scored_features`.
+        """
+        if score == "attention":
+            self._vision_block(layer)
+
+    def _vision_block(self, layer: int) -> int:
+        blocks = next(
+            len(part) for name, part in self.family.blocks(self.module) if name == "vision"
+        )
+        if not -blocks <= layer < blocks:
+            raise RequestError(
+                f"--score-layer {layer} is none of the {blocks} blocks that the vision tower of "
+                f"'{self.name}' ({self.family.name}) runs. Accepted: {-blocks} to {blocks - 1}."
+            )
+        return layer % blocks
 
     def block_sequences(self) -> list[BlockSequence]:
         """Return the blocks whose linear layers are quantized, in order of execution."""

@@ -1,0 +1,78 @@
+"""How much an image token matters: the scores that pruning goes by.
+
+One definition each, traced into the exported graph and run by its validation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def distance(features: Tensor) -> Tensor:
+    """Euclidean distance of each token from its picture's mean token.
+
+    A token that looks like the rest of its picture (background) scores low.
+
+    Args:
+        features: float ``(images, tokens, hidden)``.
+
+    Returns:
+        float32 ``(images, tokens)``.
+    """
+    wide = features.float()
+    scores: Tensor = torch.linalg.vector_norm(wide - wide.mean(dim=1, keepdim=True), dim=-1)
+    return scores
+
+
+def norm(features: Tensor) -> Tensor:
+    """Euclidean norm of each token; shapes as in `distance`."""
+    scores: Tensor = torch.linalg.vector_norm(features.float(), dim=-1)
+    return scores
+
+
+def attention_received(query: Tensor, key: Tensor, scale: float, *, class_token: bool) -> Tensor:
+    """Attention that each patch receives, mean over heads.
+
+    Args:
+        query: float ``(images, heads, patches, width)``.
+        key: Likewise.
+        scale: Factor on the products.
+        class_token: Only the first patch's attention counts (what a class token looks at:
+            FasterVLM, arXiv 2412.01818); otherwise the mean over all patches' attention.
+
+    Returns:
+        float32 ``(images, patches)``; the sum over a picture is 1.
+    """
+    if class_token:
+        logits = query[:, :, :1].float() @ key.float().transpose(-1, -2) * scale
+        return logits.softmax(-1)[:, :, 0].mean(1)
+    # head by head: one matrix of patches x patches at a time
+    received = [
+        (query[:, head].float() @ key[:, head].float().transpose(-1, -2) * scale)
+        .softmax(-1)
+        .mean(-2)
+        for head in range(query.shape[1])
+    ]
+    return torch.stack(received).mean(0)
+
+
+def text_relevance(embeddings: Tensor, is_image: Tensor) -> Tensor:
+    """Cosine between each token and the question, mean over the question's tokens.
+
+    The question is the text behind the row's last image token; without any all scores are 0.
+
+    Args:
+        embeddings: float ``(B, S, hidden)``, image features in place of their placeholders.
+        is_image: bool ``(B, S)``.
+
+    Returns:
+        float32 ``(B, S)``; only those of image tokens mean anything.
+    """
+    wide = embeddings.float()
+    unit = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+    count = is_image.long()
+    images_behind = count.sum(1, keepdim=True) - count.cumsum(1)
+    is_question = ((images_behind + count) == 0).float()[..., None]
+    question = (unit * is_question).sum(1, keepdim=True) / is_question.sum(1, keepdim=True).clamp(1)
+    return (unit * question).sum(-1)

@@ -102,6 +102,8 @@ class Manifest:
         config: The export options.
         image_grid: Rows and columns of an image's tokens where positions have three axes (M-RoPE:
             position_ids is `[3, batch, sequence]`); None where they have one.
+        contiguous: Whether the graph closes the gaps in the positions that dropped tokens leave
+            (`positions.without_gaps`), so that the next position depends on `kept_indices`.
     """
 
     version: int
@@ -130,6 +132,7 @@ class Manifest:
     fallback: str
     config: dict[str, Any] = field(default_factory=dict)
     image_grid: tuple[int, int] | None = None
+    contiguous: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ Tuning = Literal["none", "blocks", "end-to-end", "both"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "dpp", "coverage", "uniform", "random"]
 PruneScore = Literal["attention", "distance", "norm", "text", "none"]
 PruneMetric = Literal["features", "places"]
+PositionMode = Literal["keep", "contiguous"]
 Fallback = Literal["nbits", "dense", "none"]
 Dtype = Literal["fp32", "fp16"]
 
@@ -29,6 +30,7 @@ PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 PRUNE_SCORES: tuple[str, ...] = get_args(PruneScore)
 PICTURE_SCORES = ("attention", "distance", "norm")  # what the vision tower gives
 PRUNE_METRICS: tuple[str, ...] = get_args(PruneMetric)
+POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 OPSETS = (21, 22, 23)
@@ -267,6 +269,11 @@ class PruneConfig:
             below 0.
         metric: What makes tokens alike, one of PRUNE_METRICS: their features, or their places in
             the picture (models/places.py), so that kept tokens spread over it. None: places.
+        keep_rule: `mass:SHARE` keeps of each picture as many tokens as the largest scores need to
+            reach that share of their sum, but no more than `keep_ratio` says. None: always as
+            many as that.
+        positions: One of POSITION_MODES: kept tokens keep their positions, or close the gaps of
+            dropped ones (`positions.without_gaps`).
     """
 
     mode: PruneMode = "mmr"
@@ -276,6 +283,8 @@ class PruneConfig:
     score: PruneScore | None = None
     score_layer: int = DEFAULT_SCORE_LAYER
     metric: PruneMetric | None = None
+    keep_rule: str | None = None
+    positions: PositionMode = "keep"
 
     def __post_init__(self) -> None:
         _require_choice("--prune-mode", self.mode, PRUNE_MODES)
@@ -283,6 +292,13 @@ class PruneConfig:
         self._check_score()
         self._check_metric()
         self._check_theta()
+        self._check_rule()
+        _require_choice("--positions", self.positions, POSITION_MODES)
+        if self.positions != "keep" and not self.is_active:
+            raise RequestError(
+                f"--positions {self.positions} changes nothing without pruning. Leave it out, or "
+                "add --keep-tokens 0.5 (any fraction below 1)."
+            )
 
     def _check_score(self) -> None:
         if self.score is not None:
@@ -324,6 +340,35 @@ class PruneConfig:
                 f"--prune-theta {self.theta:g} has no effect with --prune-mode {self.mode}. Leave "
                 f"it out, or choose {' or '.join(THETA_MODES)}."
             )
+
+    def _check_rule(self) -> None:
+        if self.keep_rule is None:
+            return
+        share = self.mass
+        if share is None or not 0.0 < share < 1.0:
+            raise RequestError(
+                f"--keep-rule {self.keep_rule!r} is no rule. Give mass:SHARE, a share of the "
+                "scores between 0 and 1, e.g. mass:0.9."
+            )
+        if not self.is_active:
+            raise RequestError(
+                f"--keep-rule {self.keep_rule} needs --keep-tokens below 1, the most that it may "
+                "keep of a picture. Add e.g. --keep-tokens 0.5."
+            )
+        if self.scores == "none":
+            raise RequestError(
+                f"--keep-rule {self.keep_rule} counts scores, and --prune-mode {self.mode} has "
+                "none here. Add --prune-score, or choose mmr or topk_score."
+            )
+
+    @property
+    def mass(self) -> float | None:
+        """The share of `keep_rule`; None without one."""
+        kind, _, share = (self.keep_rule or "").partition(":")
+        try:
+            return float(share) if kind == "mass" else None
+        except ValueError:
+            return None
 
     @property
     def weight(self) -> float:

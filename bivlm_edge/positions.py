@@ -48,3 +48,26 @@ def position_rows(
             position += end - index
         index = end
     return found, position
+
+
+def without_gaps(rows: NDArray[np.int64], kept: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """Return the positions of kept tokens once the gaps of dropped ones are closed.
+
+    Each token moves down by the positions that nothing before it takes any more. On one axis they
+    become consecutive; a picture on a grid keeps its rows and columns, and what follows starts
+    behind the largest position that is left of it.
+
+    Args:
+        rows: int64 `[1, tokens]` or `[3, 1, tokens]`, of all tokens of a run.
+        kept: int64 `[kept tokens]`, rising.
+
+    Returns:
+        int64 `[1, kept tokens]` or `[3, 1, kept tokens]`; the next position.
+    """
+    left = rows[..., kept]
+    axes = tuple(range(left.ndim - 1))
+    start = int(rows[..., 0].min())
+    behind = np.maximum.accumulate(np.concatenate([[start - 1], left.max(axis=axes)]))
+    gaps = np.maximum(left.min(axis=axes) - behind[:-1] - 1, 0)
+    closed = left - gaps.cumsum()
+    return closed, max(start, int(closed.max(initial=start - 1)) + 1)

@@ -68,6 +68,7 @@ def write_manifest(
         fallback=config.fallback,
         config=config.to_json(),
         image_grid=vlm.image_grid,
+        contiguous=config.prune.positions == "contiguous",
     )
     bundle.write_manifest(manifest, paths.assets)
 

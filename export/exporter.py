@@ -293,11 +293,15 @@ def _build_graph(
         prune=config.prune,
         place_features=vlm.place_features() if config.prune.spreads else None,
         position_axes=1 if vlm.image_grid is None else 3,
+        context=int(vlm.text_config.max_position_embeddings),
     )
     text_scores = None
     if config.prune.is_active and config.prune.scores == "text":
         text_scores = parts.trace_text_scores(vlm, dtype, config.opset)
-    model = join_parts(vision, decoder, table, options, text_scores)
+    rule = None
+    if config.prune.is_active and config.prune.mass is not None:
+        rule = parts.trace_rule(vlm, config.prune.mass, config.opset)
+    model = join_parts(vision, decoder, table, options, text_scores, rule)
     fuse_shared_inputs(model)
     return model
 

@@ -37,6 +37,7 @@ class GraphOptions:
         place_features: Of one picture's tokens, ``(image_tokens, width)``, if tokens are compared
             by their places.
         position_axes: 1, or 3 for M-RoPE: position_ids is then ``(3, batch, sequence)``.
+        context: Most tokens of a run.
     """
 
     image_token_id: int
@@ -48,6 +49,7 @@ class GraphOptions:
     prune: PruneConfig
     place_features: np.ndarray | None = None
     position_axes: int = 1
+    context: int = 0
 
 
 def join_parts(
@@ -56,6 +58,7 @@ def join_parts(
     embedding: GroupWeight | np.ndarray,
     options: GraphOptions,
     text_scores: ir.Model | None = None,
+    rule: ir.Model | None = None,
 ) -> ir.Model:
     """Return the whole model; the parts are taken apart and must not be used afterwards.
 
@@ -67,6 +70,8 @@ def join_parts(
         options: The rest.
         text_scores: Merged embeddings to scores, if the text gives them
             (`parts.trace_text_scores`).
+        rule: Scores of pictures to their numbers of tokens, if they have numbers of their own
+            (`parts.trace_rule`).
 
     Returns:
         A model with the inputs and outputs of DESIGN.md 8.
@@ -88,30 +93,34 @@ def join_parts(
     images = main.op("Shape", [pixel_values], {"start": 0, "end": 1})
     has_images = main.op("Greater", [main.op("Squeeze", [images]), _scalar(main, 0, "zero")])
     text_part = None if text_scores is None else _take_apart(text_scores, "text_scores")
-    pictures = _Pictures(vision_part, text_part, pixel_values, input_ids, embeddings)
+    rule_part = None if rule is None else _take_apart(rule, "rule")
+    pictures = _Pictures(
+        vision_part, text_part, rule_part, pixel_values, input_ids, embeddings, position_ids
+    )
     branches = (
         _picture_branch(pictures, options, keep_tokens),
-        _text_branch(input_ids, embeddings),
+        _text_branch(pictures, options),
     )
-    hidden, kept = main.op_multi_out(
+    found = main.op_multi_out(
         "If",
         [has_images],
         {"then_branch": branches[0], "else_branch": branches[1]},
-        num_outputs=2,
+        num_outputs=len(branches[0].outputs),
         name="pictures",
     )
+    hidden, kept = found[:2]
     hidden.dtype, hidden.shape = options.dtype, ir.Shape(["batch", "kept", options.hidden_size])
     kept.dtype, kept.shape, kept.name = (
         ir.DataType.INT64,
         ir.Shape(["batch", "kept"]),
         "kept_indices",
     )
-    # Kept tokens keep their own positions: 2-D rotary layouts and distances stay what they were.
-    places = kept
-    if leading:
-        sizes = [_vector(main, leading, "axes"), main.op("Shape", [kept])]
-        places = main.op("Expand", [kept, main.op("Concat", sizes, {"axis": 0})])
-    kept_positions = main.op("GatherElements", [position_ids, places], {"axis": len(leading) + 1})
+    if len(found) == 3:
+        kept_positions = found[2]
+        kept_positions.dtype = ir.DataType.INT64
+        kept_positions.shape = ir.Shape([*leading, "batch", "kept"])
+    else:
+        kept_positions = _at(main, position_ids, kept, options)
 
     ir.convenience.replace_all_uses_with(hidden_in, hidden)
     ir.convenience.replace_all_uses_with(positions_in, kept_positions)
@@ -134,6 +143,7 @@ def join_parts(
             *optional,
             *vision_part.initializers,
             *([] if text_part is None else text_part.initializers),
+            *([] if rule_part is None else rule_part.initializers),
             *main.initializers,
             *decoder_part.initializers,
         ],
@@ -220,12 +230,18 @@ def _picture_branch(
         outputs = [merged, _all_indices(tape, input_ids)]
     else:
         scores = _scores(tape, pictures, merged, is_image, places)
-        outputs = _prune(tape, merged, scores, is_image, options, keep_tokens)
-    text_nodes = [] if pictures.text_scores is None else pictures.text_scores.nodes
+        keep = keep_tokens
+        if pictures.rule is not None:
+            keep = _keep_by_rule(tape, pictures, scores, places, options, keep_tokens)
+        outputs = _prune(tape, merged, scores, is_image, options, keep)
+        if options.prune.positions == "contiguous":
+            outputs.append(_closed_positions(tape, pictures.position_ids, outputs[1], options))
+    parts = [part for part in (pictures.vision, pictures.text_scores, pictures.rule) if part]
     return ir.Graph(
         [],
         outputs,
-        nodes=[*pictures.vision.nodes, *tape.nodes, *text_nodes],  # sorted in the end
+        # sorted in the end
+        nodes=[*tape.nodes, *(node for part in parts for node in part.nodes)],
         initializers=tape.initializers,
         name="picture",
     )
@@ -250,13 +266,42 @@ def _scores(
     return tape.op("ScatterND", [no_scores, places, flat])
 
 
+def _keep_by_rule(
+    tape: Tape,
+    pictures: _Pictures,
+    scores: ir.Value | None,
+    places: ir.Value,
+    options: GraphOptions,
+    keep_tokens: ir.Value,
+) -> ir.Value:
+    """Return how many tokens of each picture are kept: `(batch, pictures of a row)`.
+
+    `keep_tokens` is the most; all tokens or more switch the rule off. The first, second, ..
+    pictures of all rows of a batch get the largest number among them: rows have equal lengths.
+    """
+    assert pictures.rule is not None
+    assert scores is not None
+    tokens = _vector(tape, [-1, options.image_tokens], "of_pictures")
+    of_pictures = tape.op("Reshape", [tape.op("GatherND", [scores, places]), tokens])
+    ir.convenience.replace_all_uses_with(pictures.rule.inputs[0], of_pictures)
+    counts = tape.op("Min", [pictures.rule.outputs[0], keep_tokens])
+    image_tokens = _scalar(tape, options.image_tokens, "all_tokens")
+    is_off = tape.op("GreaterOrEqual", [keep_tokens, image_tokens])
+    counts = tape.op("Where", [is_off, keep_tokens, counts])
+    batch = tape.op("Shape", [pictures.input_ids], {"start": 0, "end": 1})
+    rest = _vector(tape, [-1], "pictures_of_a_row")
+    rows = tape.op("Reshape", [counts, tape.op("Concat", [batch, rest], {"axis": 0})])
+    most = tape.op("ReduceMax", [rows, _vector(tape, [0], "over_rows")])
+    return tape.op("Expand", [most, tape.op("Shape", [rows])])
+
+
 def _prune(
     tape: Tape,
     merged: ir.Value,
     scores: ir.Value | None,
     is_image: ir.Value,
     options: GraphOptions,
-    keep_tokens: ir.Value,
+    keep: ir.Value,
 ) -> list[ir.Value]:
     """Return what is left of `merged`, and its indices."""
     count = tape.op("Cast", [is_image], {"to": ir.DataType.INT32})
@@ -273,7 +318,7 @@ def _prune(
     prune = options.prune
     pruned, kept, _ = tape.op_multi_out(
         "TokenPrune",
-        [merged, scores, segments, keep_tokens, metric],
+        [merged, scores, segments, keep, metric],
         {"mode": prune.mode, "theta": prune.weight, "seed": prune.seed},
         num_outputs=3,
         domain=schemas.DOMAIN,
@@ -282,9 +327,60 @@ def _prune(
     return [pruned, kept]
 
 
-def _text_branch(input_ids: ir.Value, embeddings: ir.Value) -> ir.Graph:
+def _at(tape: Tape, position_ids: ir.Value, indices: ir.Value, options: GraphOptions) -> ir.Value:
+    """Return the positions of tokens at `indices`, `(batch, kept)`, on all axes."""
+    if options.position_axes == 1:
+        return tape.op("GatherElements", [position_ids, indices], {"axis": 1})
+    sizes = [_vector(tape, [options.position_axes], "axes"), tape.op("Shape", [indices])]
+    indices = tape.op("Expand", [indices, tape.op("Concat", sizes, {"axis": 0})])
+    return tape.op("GatherElements", [position_ids, indices], {"axis": 2})
+
+
+def _closed_positions(
+    tape: Tape, position_ids: ir.Value, kept: ir.Value, options: GraphOptions
+) -> ir.Value:
+    """Return the positions of the kept tokens without gaps: `positions.without_gaps`."""
+    rows = low = high = _at(tape, position_ids, kept, options)
+    along_row = 1 if options.position_axes == 1 else 2
+    first = tape.op(
+        "Slice", [position_ids, *(_vector(tape, [v], f"first_{v}") for v in (0, 1, along_row))]
+    )
+    if options.position_axes == 3:
+        over_axes = _vector(tape, [0], "over_axes")
+        low, high, first = (
+            tape.op(kind, [value, over_axes], {"keepdims": 0})
+            for kind, value in (("ReduceMin", rows), ("ReduceMax", rows), ("ReduceMin", first))
+        )
+        high = _running_largest(tape, high, options.context)
+    one = _scalar(tape, 1, "one_position")
+    before = tape.op("Slice", [high, *(_vector(tape, [v], f"before_{v}") for v in (0, -1, 1))])
+    behind = tape.op("Concat", [tape.op("Sub", [first, one]), before], {"axis": 1})
+    gaps = tape.op("Sub", [tape.op("Sub", [low, behind]), one])
+    gaps = tape.op("Max", [gaps, _scalar(tape, 0, "no_gap")])
+    return tape.op("Sub", [rows, tape.op("CumSum", [gaps, _scalar(tape, 1, "along_row")])])
+
+
+def _running_largest(tape: Tape, values: ir.Value, longest: int) -> ir.Value:
+    """Return the largest of each value and those before it on axis 1, of up to `longest`."""
+    lowest = _scalar(tape, -1, "below_all_positions")
+    step = 1
+    while step < longest:
+        pads = _vector(tape, [0, step, 0, 0], f"pads_{step}")
+        moved = tape.op("Pad", [values, pads, lowest])
+        ends = (_vector(tape, [v], f"moved_{v}") for v in (0, -step, 1))
+        values = tape.op("Max", [values, tape.op("Slice", [moved, *ends])])
+        step *= 2
+    return values
+
+
+def _text_branch(pictures: _Pictures, options: GraphOptions) -> ir.Graph:
     tape = Tape()
-    outputs = [tape.op("Identity", [embeddings]), _all_indices(tape, input_ids)]
+    outputs = [
+        tape.op("Identity", [pictures.embeddings]),
+        _all_indices(tape, pictures.input_ids),
+    ]
+    if options.prune.is_active and options.prune.positions == "contiguous":
+        outputs.append(tape.op("Identity", [pictures.position_ids]))
     return ir.Graph([], outputs, nodes=tape.nodes, initializers=tape.initializers, name="text")
 
 
@@ -337,16 +433,20 @@ class _Pictures:
     Attributes:
         vision: pixel_values to features, and scores where pictures have them.
         text_scores: Merged embeddings and where pictures are to scores, or None.
+        rule: Scores of pictures to numbers of tokens, or None.
         pixel_values: Input of the graph.
         input_ids: Likewise.
         embeddings: Of the tokens, `(batch, sequence, hidden)`.
+        position_ids: Input of the graph.
     """
 
     vision: _Part
     text_scores: _Part | None
+    rule: _Part | None
     pixel_values: ir.Value
     input_ids: ir.Value
     embeddings: ir.Value
+    position_ids: ir.Value
 
 
 def _take_apart(model: ir.Model, prefix: str) -> _Part:

@@ -45,6 +45,18 @@ class TextScorePart(nn.Module):
         return saliency.text_relevance(embeddings, is_image)
 
 
+class RulePart(nn.Module):
+    """Scores ``(images, tokens)`` to the number of tokens that each picture needs."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self._share = share
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Return int64 ``(images,)``."""
+        return saliency.tokens_for_mass(scores, self._share)
+
+
 class DecoderPart(nn.Module):
     """Embeddings ``(B, S, hidden)`` to logits of the last position and the grown KV cache.
 
@@ -202,6 +214,19 @@ def trace_text_scores(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) 
         ["scores"],
         opset,
         "scores",
+    )
+
+
+def trace_rule(vlm: VisionLanguageModel, share: float, opset: int) -> ir.Model:
+    """Trace RulePart; its input is `scores`, its output `counts`."""
+    return _trace(
+        RulePart(share),
+        (torch.rand(2, vlm.image_tokens),),
+        {"scores": {0: torch.export.Dim("images", min=1)}},
+        ["scores"],
+        ["counts"],
+        opset,
+        "rule",
     )
 
 

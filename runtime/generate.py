@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bivlm_edge.errors import BundleError, RequestError
-from bivlm_edge.positions import position_rows
+from bivlm_edge.positions import position_rows, without_gaps
 from bivlm_edge.runtime.kv_cache import GROWTH, BoundRun, KvCache
 from bivlm_edge.runtime.sampling import Sampler, greedy
 from bivlm_edge.runtime.session import RUN_ERRORS, VlmSession, ort_sentence, pixel_batch
@@ -74,6 +74,8 @@ def run_step(
             f"{cache.tokens} cached ones: {ort_sentence(error)}."
         ) from error
     kept = np.zeros(1, np.int64) if is_single else run.kept_indices()
+    if manifest.contiguous:
+        _, following = without_gaps(positions, kept)
     cache.advance(len(kept), following)
     if is_single:
         cache.single = run

@@ -27,8 +27,9 @@ class KvCache:
         tensors: Per layer key then value, each `[1, kv_heads, capacity, head_dim]`; the first
             `tokens` positions are filled.
         tokens: Tokens in the cache: those that pruning kept.
-        position: Position of the next token: kept tokens keep their original positions, so it
-            counts the dropped ones too. A picture on a grid takes fewer positions than tokens.
+        position: Position of the next token. Unless the manifest says `contiguous`, kept tokens
+            keep their original positions, so that it counts the dropped ones too. A picture on a
+            grid takes fewer positions than tokens.
         single: The bound run of the next single token, while the buffers stay where they are.
     """
 

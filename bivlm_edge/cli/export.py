@@ -101,6 +101,16 @@ def export(
     keep_tokens: Annotated[
         float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
     ] = 1.0,
+    keep_rule: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-rule",
+            help="mass:SHARE keeps of each picture as many tokens as hold that share of its "
+            "scores, and no more than --keep-tokens.",
+            show_default="always as many as --keep-tokens",
+            metavar="RULE",
+        ),
+    ] = None,
     prune_mode: Annotated[str, typer.Option("--prune-mode", help=_choices(PRUNE_MODES))] = "mmr",
     prune_score: Annotated[
         str | None,
@@ -137,6 +147,13 @@ def export(
             show_default="0.1 with mmr by places, else 0.5",
         ),
     ] = None,
+    positions: Annotated[
+        str,
+        typer.Option(
+            "--positions",
+            help="Positions of kept tokens: keep (their own), contiguous (gaps are closed).",
+        ),
+    ] = "keep",
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -260,6 +277,8 @@ def export(
             score_layer=score_layer,
             metric=prune_metric,  # type: ignore[arg-type]
             theta=prune_theta,
+            keep_rule=keep_rule,
+            positions=positions,  # type: ignore[arg-type]
         ),
         dtype=dtype,  # type: ignore[arg-type]
         fallback=fallback,  # type: ignore[arg-type]

@@ -33,7 +33,8 @@ def features(places: Places) -> NDArray[np.float32]:
     table = np.zeros((len(places), placed.shape[1] + int((~is_placed).sum())), np.float32)
     table[is_placed, : placed.shape[1]] = placed
     table[~is_placed, placed.shape[1] :] = np.eye(int((~is_placed).sum()))
-    return table / np.linalg.norm(table, axis=1, keepdims=True)
+    normed: NDArray[np.float32] = table / np.linalg.norm(table, axis=1, keepdims=True)
+    return normed
 
 
 def _bumps(axis: NDArray[np.float32]) -> NDArray[np.float32]:

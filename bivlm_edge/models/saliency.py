@@ -57,6 +57,21 @@ def attention_received(query: Tensor, key: Tensor, scale: float, *, class_token:
     return torch.stack(received).mean(0)
 
 
+def tokens_for_mass(scores: Tensor, share: float) -> Tensor:
+    """Count the largest scores of each picture that together reach a share of their sum.
+
+    Args:
+        scores: float ``(images, tokens)``; what is below 0 counts as 0.
+        share: Between 0 and 1.
+
+    Returns:
+        int64 ``(images,)``, at least 1.
+    """
+    falling = scores.double().clamp_min(0).sort(dim=1, descending=True).values
+    running = falling.cumsum(1)
+    return 1 + (running[:, :-1] < share * running[:, -1:]).long().sum(1)
+
+
 def text_relevance(embeddings: Tensor, is_image: Tensor) -> Tensor:
     """Cosine between each token and the question, mean over the question's tokens.
 

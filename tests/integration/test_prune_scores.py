@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from random_checkpoints import ARCHITECTURES, save_checkpoint  # type: ignore[import-not-found]
 from transformers.vision_utils import get_vision_window_index
 
+from bivlm_edge import custom_ops_library
 from bivlm_edge.config import ExportConfig, PruneConfig, QuantConfig
 from bivlm_edge.datasets import VqaItem
 from bivlm_edge.errors import RequestError
@@ -203,3 +206,76 @@ def test_every_family_names_a_place_for_each_token(vlm: VisionLanguageModel) -> 
     found = vlm.family.token_places(vlm.module)
     rows = found[~np.isnan(found[:, 0])]
     assert len(np.unique(rows, axis=0)) == len(rows), "two tokens at one place"
+
+
+def test_tokens_for_a_share_of_the_mass() -> None:
+    scores = torch.tensor([[1.0, 4, 2, 3], [0, 0, 0, 0], [5, -9, 0, 0], [1, 1, 1, 1]])
+    assert saliency.tokens_for_mass(scores, 0.7).tolist() == [2, 1, 1, 3]
+    assert saliency.tokens_for_mass(scores, 0.71).tolist() == [3, 1, 1, 3]
+    assert saliency.tokens_for_mass(scores[:, :1], 0.5).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("score", ["distance", "text"])
+def test_each_picture_keeps_what_the_rule_says(
+    score: str, pictures: list[VqaItem], tmp_path: Path
+) -> None:
+    vlm = load_checkpoint(save_checkpoint("llava, CLIP and Llama", tmp_path / "checkpoint"))
+    prune = PruneConfig(keep_ratio=0.75, score=score, keep_rule="mass:0.5")  # type: ignore[arg-type]
+    result = export_model(vlm, pictures[:2], tmp_path / "model.onnx", ExportConfig(FLOAT, prune))
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(custom_ops_library())
+    session = onnxruntime.InferenceSession(str(result.paths.graph), options)
+    plain = Image.new("RGB", (40, 40), (200, 10, 90))  # its patches differ by their places alone
+    images = [plain, *(item.image.open() for item in pictures[:2])]
+    pixels = torch.stack([torch.from_numpy(vlm.pixels(image)) for image in images])
+    row = vlm.encode(vlm.prompt("a"))
+    ids = torch.tensor([row * 3])
+    with torch.no_grad():
+        features, scores = vlm.scored_features(pixels, score, -2)
+        if scores is None:
+            scores = saliency.text_relevance(vlm.embed(ids, features), ids == vlm.image_token_id)
+            scores = scores[ids == vlm.image_token_id].reshape(3, -1)
+    wanted = saliency.tokens_for_mass(scores, 0.5)
+    assert len(set(wanted.tolist())) > 1, "the rule tells these pictures apart"
+    feed = {
+        "input_ids": ids.numpy(),
+        "pixel_values": pixels.numpy(),
+        "position_ids": vlm.positions(ids[0].tolist())[0].numpy(),
+    }
+    for value in session.get_inputs():
+        if value.name.startswith("past_key"):
+            feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+
+    def kept(most: int, rows: int = 1) -> list[int]:
+        given = {name: np.repeat(array, rows, 0) for name, array in feed.items()}
+        found = session.run(["kept_indices"], {**given, "keep_tokens": np.array(most)})[0]
+        is_image = ids[0].numpy() == vlm.image_token_id
+        picture = (is_image.cumsum() - 1) // vlm.image_tokens
+        places = found[-1][is_image[found[-1]]]
+        return np.bincount(picture[places], minlength=3).tolist()
+
+    assert kept(12) == wanted.clamp(max=12).tolist()
+    assert kept(3) == wanted.clamp(max=3).tolist()
+    assert kept(0) == [0, 0, 0]
+    assert kept(vlm.image_tokens) == [vlm.image_tokens] * 3  # no rule
+    # rows of pictures 0, 0, 1 and 1, 2, 2: the first ones share a number, the second ones, ..
+    most = wanted.repeat_interleave(2).reshape(2, 3).amax(0)
+    assert kept(12, rows=2) == most.clamp(max=12).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_rule": "mass:0.9"}, "--keep-rule mass:0.9 needs --keep-tokens below 1"),
+        ({"keep_rule": "mass:1", "keep_ratio": 0.5}, "'mass:1' is no rule. Give mass:SHARE"),
+        ({"keep_rule": "mass:lots", "keep_ratio": 0.5}, "'mass:lots' is no rule"),
+        ({"keep_rule": "best", "keep_ratio": 0.5}, "'best' is no rule"),
+        (
+            {"keep_rule": "mass:0.9", "keep_ratio": 0.5, "mode": "uniform"},
+            "counts scores, and --prune-mode uniform has none",
+        ),
+    ],
+)
+def test_rules_that_cannot_hold_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        PruneConfig(**options)  # type: ignore[arg-type]

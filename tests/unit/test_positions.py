@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bivlm_edge.positions import position_rows
+from bivlm_edge.positions import position_rows, without_gaps
 
 IMAGE = 3
 
@@ -61,3 +61,29 @@ def test_positions_are_those_of_transformers(prompt: str) -> None:
     rows, following = position_rows(np.array(ids), 0, IMAGE, grid)
     np.testing.assert_array_equal(rows, wanted.numpy())
     assert following == len(ids) + int(delta)
+
+
+def test_gaps_on_one_axis_close() -> None:
+    rows = np.arange(5, 12)[np.newaxis]
+    left, following = without_gaps(rows, np.array([0, 1, 4, 6]))
+    assert left.tolist() == [[5, 6, 7, 8]]
+    assert following == 9
+    left, following = without_gaps(rows, np.array([3]))
+    assert (left.tolist(), following) == ([[5]], 6)
+    left, following = without_gaps(rows, np.arange(7))
+    assert (left.tolist(), following) == (rows.tolist(), 12)
+    left, following = without_gaps(rows, np.array([], dtype=np.int64))
+    assert (left.size, following) == (0, 5)
+
+
+def test_a_grid_keeps_its_rows_and_columns_and_text_moves_up() -> None:
+    ids = np.array([1, *[IMAGE] * 9, 2, 4])
+    rows, _ = position_rows(ids, 4, IMAGE, (3, 3))
+    # row 0, column 2 and row 1, column 0 stay: the largest position left is that of column 2
+    left, following = without_gaps(rows, np.array([0, 3, 4, 10, 11]))
+    assert left[:, 0].T.tolist() == [[4] * 3, [5, 5, 7], [5, 6, 5], [8] * 3, [9] * 3]
+    assert following == 10
+    # only the first token of the picture stays
+    left, following = without_gaps(rows, np.array([0, 1, 10, 11]))
+    assert left[:, 0].T.tolist() == [[4] * 3, [5] * 3, [6] * 3, [7] * 3]
+    assert following == 8

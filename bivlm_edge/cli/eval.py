@@ -72,7 +72,7 @@ def run(
         raise RequestError(f"--limit {limit} leaves no question to ask. Give 1 or more.")
     session = load(model, custom_ops=not no_custom_ops, threads=threads)
     answerer = Answerer(session.keeping_fraction(keep_tokens))
-    items = _items(data, split)[:limit]
+    items = load_questions(data, split)[:limit]
     with progress("questions", len(items)) as on_progress:
         found = evaluate(answerer, items, max_new_tokens=max_new_tokens, on_progress=on_progress)
     result = {
@@ -87,7 +87,13 @@ def run(
     show_json(result)
 
 
-def _items(data: str, split: str) -> list[VqaItem]:
+def load_questions(data: str, split: str) -> list[VqaItem]:
+    """Return the questions that `--data` and `--split` name.
+
+    Raises:
+        RequestError: The split is unknown.
+        DataError: The data cannot be read.
+    """
     if data != EASY_VQA:
         return load_jsonl(data)
     if split not in SPLITS:

@@ -140,8 +140,7 @@ def run(
         seed=seed,
         also=tuple(tokens or ()),
     )
-    for path in paths:
-        read_manifest(BundlePaths(Path(path)))
+    _check_alike(paths)
     items = spread(load_questions(data, split), limit)
     with progress("pictures", len(items)) as on_progress:
         questions = gather(items, on_progress)
@@ -241,6 +240,22 @@ def _names(paths: Sequence[str]) -> list[str]:
     if len(set(stems)) == len(stems):
         return stems
     return [f"{path.parent.name}/{path.stem}" for path in resolved]
+
+
+def _check_alike(paths: Sequence[str]) -> None:
+    """Refuse exports of different models, whose numbers of tokens mean different things.
+
+    Raises:
+        BundleError: One is missing or damaged.
+        RequestError: Their pictures have different numbers of tokens.
+    """
+    first, *others = [read_manifest(BundlePaths(Path(path))).image_tokens for path in paths]
+    for path, tokens in zip(paths[1:], others, strict=True):
+        if tokens != first:
+            raise RequestError(
+                f"a picture has {tokens} tokens in '{path}' and {first} in '{paths[0]}': these are "
+                "different models. --against takes another export of the same one."
+            )
 
 
 def _folder(output: Path) -> Path:

@@ -113,7 +113,7 @@ def analyse(
             }
             for kept, cost in sorted(costs(tested).items())
         ]
-    _conclude(result, setting)
+    _conclude(result)
     verdict, message = _verdict(result)
     return {"verdict": verdict, "message": message, **result}
 
@@ -152,22 +152,28 @@ def _controls(
     }
 
 
-def _conclude(result: Result, setting: Setting) -> None:
-    """Fill in the best selector and what random selection makes of its K*."""
+def _conclude(result: Result) -> None:
+    """Fill in what random selection makes of each K*, and the best selector."""
     modes = result["modes"]
+    random = modes.get(RANDOM)
+    for mode, summary in modes.items():
+        compares = random is not None and mode != RANDOM
+        k_star = summary["k_star"]
+        summary["method_value"] = random["k_star"] / k_star if compares and k_star > 0 else None
+        # as many tokens as random selection fails with, or fewer
+        failed = -1 if random is None or random["k_failed"] is None else random["k_failed"]
+        summary["beats_random"] = k_star <= failed if compares else None
     order = sorted(modes, key=lambda mode: mode != result["own_mode"])  # stable: as asked for
     best = min(
         [mode for mode in order if mode != RANDOM] or order,
         key=lambda mode: modes[mode]["k_star"],
     )
     result["mode"] = best
-    result["k_star"] = modes[best]["k_star"]
-    result["redundancy"] = modes[best]["redundancy"]
-    if RANDOM in setting.modes:
-        result["random_k_star"] = modes[RANDOM]["k_star"]
-        result["random_redundancy"] = modes[RANDOM]["redundancy"]
-        if best != RANDOM and result["k_star"] > 0:
-            result["method_value"] = result["random_k_star"] / result["k_star"]
+    for name in ("k_star", "redundancy", "method_value"):
+        result[name] = modes[best][name]
+    if random is not None:
+        result["random_k_star"] = random["k_star"]
+        result["random_redundancy"] = random["redundancy"]
 
 
 def _verdict(result: Result) -> tuple[str, str]:
@@ -187,20 +193,23 @@ def _verdict(result: Result) -> tuple[str, str]:
             f"All {tokens} image tokens are needed: {best} with {below[-1]['kept']} loses more "
             f"than {points}."
         )
-    claim = (
+    said = [
         f"{best} with {k_star} of {tokens} image tokens loses no more than {points} "
         f"({result['redundancy']:.1%} redundant)"
-    )
+    ]
     if result["gain"] <= result["tolerance"]:
-        claim += f"; but the picture itself adds only {100 * result['gain']:.2f} points"
-    random = result["modes"].get(RANDOM)
-    if random is None or best == RANDOM:
-        return REDUNDANT, f"{claim}. Random selection was not compared with."
-    if random["k_failed"] is None or k_star > random["k_failed"]:
-        return SELECTOR_ADDS_NOTHING, (
-            f"{claim}, but random selection needs {random['k_star']}: the selector adds nothing."
-        )
-    return REDUNDANT, f"{claim}; random selection needs {random['k_star']}."
+        said.append(f"but the picture itself adds only {100 * result['gain']:.2f} points")
+    modes, own = result["modes"], result["own_mode"]
+    if RANDOM not in modes or best == RANDOM:
+        said.append("random selection was not compared with")
+        return REDUNDANT, f"{'; '.join(said)}."
+    said.append(f"random selection needs {modes[RANDOM]['k_star']}")
+    judged = own if own in modes and own != RANDOM else best
+    if judged != best:
+        said.append(f"the file's own {own} needs {modes[own]['k_star']}")
+    if modes[judged]["beats_random"]:
+        return REDUNDANT, f"{'; '.join(said)}."
+    return SELECTOR_ADDS_NOTHING, f"{'; '.join(said)}: {judged} adds nothing."
 
 
 def _not_used(result: Result) -> str:

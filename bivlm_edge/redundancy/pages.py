@@ -66,6 +66,7 @@ def needs(results: Sequence[Result]) -> Sheet:
                     mode,
                     _bracket(summary),
                     f"{summary['redundancy']:.1%}",
+                    _against_random(summary),
                     " / ".join(
                         "-" if gains[share] is None else str(gains[share]) for share in gains
                     ),
@@ -74,7 +75,7 @@ def needs(results: Sequence[Result]) -> Sheet:
                 ]
             )
     tokens = results[0]["image_tokens"]
-    columns = ["model", "selector", f"K* of {tokens}", "redundancy"]
+    columns = ["model", "selector", f"K* of {tokens}", "redundancy", "random's K* / K*"]
     columns += ["K for 90 / 95 / 99 % of the gain", "area", *(f"K* {kind_name(k)}" for k in kinds)]
     return Sheet("image tokens needed", columns, rows)
 
@@ -215,6 +216,14 @@ def _bracket(summary: Mapping[str, Any]) -> str:
     if failed is not None and failed < summary["k_star"] - 1:
         text += f" ({failed} fails)"
     return text
+
+
+def _against_random(summary: Mapping[str, Any]) -> str:
+    if summary["beats_random"] is None:
+        return "-"
+    value = summary["method_value"]
+    text = "-" if value is None else f"{value:.2f}"
+    return text if summary["beats_random"] else f"{text} (adds nothing)"
 
 
 def _points(value: float) -> str:

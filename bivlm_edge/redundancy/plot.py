@@ -12,6 +12,7 @@ from bivlm_edge.redundancy.plan import RANDOM
 
 Result = Mapping[str, Any]
 _MARKERS = "osD^vP*X"
+_LEAST_GAIN = -0.3  # what is further below no image would flatten the rest
 _LINES = (
     ("accuracy_full", "all tokens - tolerance", "black", "--"),
     ("accuracy_no_image", "no image", "tab:red", ":"),
@@ -141,6 +142,7 @@ def _gain(result: Result, axes: Any) -> None:
     axes.set_ylabel("share of the gain; dotted: share of changed answers")
     axes.set_title("what the image's gain keeps")
     axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], _LEAST_GAIN))
     axes.legend(fontsize=9, loc="center right")
     _ticks(result, axes)
 

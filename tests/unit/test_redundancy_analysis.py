@@ -25,7 +25,7 @@ from bivlm_edge.report import to_json
 
 TOKENS = 64
 KINDS = ("color", "shape")
-NEEDS = {"color": 2, "shape": 11}
+NEEDS = {"color": 3, "shape": 11}
 RIGHT, WRONG = "red", "blue"
 
 
@@ -114,8 +114,8 @@ def test_controls_gain_and_curve() -> None:
     assert not at_8["passes"]
     assert points[16]["passes"]
     assert result["modes"]["mmr"]["tokens_for_gain"] == {"90%": 11, "95%": 11, "99%": 11}
-    # 1: nothing, 2 and 4 and 8: half, 16 .. 64: all; trapezoids over six steps
-    area = (0.25 + 0.5 + 0.5 + 0.75 + 1 + 1) / 6
+    # 1 and 2: nothing, 4 and 8: half, 16 .. 64: all; trapezoids over six steps
+    area = (0 + 0.25 + 0.5 + 0.75 + 1 + 1) / 6
     assert result["modes"]["mmr"]["area"] == pytest.approx(area)
     assert [point["kept"] for point in result["question_tokens"]] == [0, 1, 2, 4, 8, 16, 32, 64]
     assert result["question_tokens"][-2]["accuracy"] == 0.25
@@ -124,7 +124,8 @@ def test_controls_gain_and_curve() -> None:
 def test_a_selector_that_is_no_better_than_chance_is_told_so() -> None:
     result, _ = _analyse(_needs(mmr=1, random=1))
     assert result["verdict"] == analysis.SELECTOR_ADDS_NOTHING
-    assert "random selection needs 11: the selector adds nothing" in result["message"]
+    assert result["message"].endswith("random selection needs 11: mmr adds nothing.")
+    assert result["modes"]["mmr"]["beats_random"] is False
     result, _ = _analyse(_needs(mmr=2, random=1))
     assert result["verdict"] == analysis.SELECTOR_ADDS_NOTHING
     assert result["method_value"] == 0.5
@@ -133,6 +134,12 @@ def test_a_selector_that_is_no_better_than_chance_is_told_so() -> None:
 def test_the_best_selector_counts_and_the_files_own_among_equals() -> None:
     result, _ = _analyse(_needs(maxmin=1, mmr=2, random=3))
     assert (result["mode"], result["k_star"]) == ("maxmin", 11)
+    assert result["verdict"] == analysis.REDUNDANT
+    assert "random selection needs 33; the file's own mmr needs 22." in result["message"]
+    result, _ = _analyse(_needs(uniform=1, mmr=3, random=2))
+    assert (result["verdict"], result["k_star"]) == (analysis.SELECTOR_ADDS_NOTHING, 11)
+    assert "the file's own mmr needs 33: mmr adds nothing" in result["message"]
+    assert result["modes"]["uniform"]["beats_random"] is True
     result, _ = _analyse(_needs(maxmin=1, mmr=1, random=3))
     assert result["mode"] == "mmr"
 
@@ -251,7 +258,7 @@ def test_the_page_says_what_was_found() -> None:
     assert "**two_bit: REDUNDANT.** mmr with 11 of 64 image tokens loses no more than" in page
     assert "two_bit minus that of float: +17.19 points (11 against 22 of 64 tokens)" in page
     assert "![accuracy against kept image tokens](redundancy.png)" in page
-    assert "| two_bit | mmr | 11 | 82.8% | 11 / 11 / 11 |" in page
+    assert "| two_bit | mmr | 11 | 82.8% | 3.00 | 11 / 11 / 11 |" in page
     assert "| float | no image token | 25.00% (23.48%-26.58%) | 25.00% | 25.00% |" in page
     assert "| two_bit | 8 | 17 | 9.00 | 8,192 B |" in page
 

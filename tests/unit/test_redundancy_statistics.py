@@ -87,9 +87,10 @@ def test_the_needed_questions_of_the_specification() -> None:
 def test_gain_is_over_the_better_control_and_its_bound_that_of_a_plain_bootstrap() -> None:
     rng = np.random.default_rng(1)
     n = 400
-    full = (rng.random(n) < 0.9).astype(float)
-    none = (rng.random(n) < 0.6).astype(float)
-    other = (rng.random(n) < 0.7).astype(float)
+    # the four questions on a picture are right or wrong together
+    full, none, other = (
+        np.repeat(rng.random(n // 4) < rate, 4).astype(float) for rate in (0.9, 0.5, 0.6)
+    )
     pictures = np.arange(n) // 4
     found = statistics.gain(full, none, other, pictures, seed=3)
     assert found.value == pytest.approx(full.mean() - max(none.mean(), other.mean()))
@@ -98,7 +99,7 @@ def test_gain_is_over_the_better_control_and_its_bound_that_of_a_plain_bootstrap
         drawn = rng.integers(0, n // 4, n // 4)
         of = (4 * drawn[:, None] + np.arange(4)).ravel()
         values.append(full[of].mean() - max(none[of].mean(), other[of].mean()))
-    assert found.low == pytest.approx(np.percentile(values, 5), abs=0.006)
+    assert found.low == pytest.approx(np.percentile(values, 5), abs=0.015)
     assert found.is_used
     assert statistics.gain(full, none, other, pictures, seed=3) == found
 

@@ -172,6 +172,11 @@ def run(
         )
     for other in results[1:]:
         other["delta_redundancy"] = _delta(results[0], other)
+        other["delta_by_mode"] = {
+            mode: _delta(summary, other["modes"][mode])
+            for mode, summary in results[0]["modes"].items()
+            if mode in other["modes"]
+        }
     _write(results, folder, with_picture=not no_plot)
     if not as_json:
         _show(results, folder)
@@ -219,7 +224,10 @@ def _question_only(questions: Questions, data: str) -> dict[str, Any]:
 
 
 def _delta(first: Result, other: Result) -> float | None:
-    """Redundancy of the model minus that of another one; None if one of them has none."""
+    """Redundancy of a model, or of one of its selectors, minus that of another's.
+
+    None where one of them claims none.
+    """
     if first["redundancy"] is None or other["redundancy"] is None:
         return None
     return float(first["redundancy"] - other["redundancy"])

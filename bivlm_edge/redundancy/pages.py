@@ -238,10 +238,15 @@ def _minus(minus: Mapping[str, Any] | None) -> str:
 
 
 def _delta(first: Result, other: Result) -> str:
+    by_mode = ", ".join(
+        f"{mode} {_points(delta)} ({first['modes'][mode]['k_star']} against "
+        f"{other['modes'][mode]['k_star']})"
+        for mode, delta in other["delta_by_mode"].items()
+    )
     return (
-        f"Redundancy of {first['model']} minus that of {other['model']}: "
-        f"{_points(other['delta_redundancy'])} points ({first['k_star']} against "
-        f"{other['k_star']} of {first['image_tokens']} tokens)."
+        f"Redundancy of {first['model']} minus that of {other['model']}, in points (tokens needed "
+        f"of {first['image_tokens']}): {by_mode}; the best of each "
+        f"{_points(other['delta_redundancy'])}."
     )
 
 

@@ -61,7 +61,7 @@ class PruneGraph:
             seed: Of `random`.
 
         Raises:
-            RequestError: The mode needs scores, and the graph has none.
+            RequestError: The mode needs scores or numbers of pictures, and the graph has none.
         """
         onnx = _onnx()
         model: Any = onnx.ModelProto()
@@ -75,6 +75,12 @@ class PruneGraph:
                 )
             _set(node, "mode", mode)
             if mode == RANDOM:
+                if not _has_input(node, _SEGMENTS):
+                    raise RequestError(
+                        f"random cannot draw for each picture in '{self._paths.graph}', whose "
+                        "TokenPrune does not tell pictures apart (no input segments). Leave "
+                        "random out of --modes, or export the model with this version."
+                    )
                 _set(node, "seed", seed)
                 _number_by_pixels(graph, node)
         # fallbacks of the old mode; without them a missing library cannot go unnoticed

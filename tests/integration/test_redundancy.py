@@ -137,6 +137,31 @@ def test_the_reference_model_uses_the_image_and_an_interrupted_analysis_goes_on(
     assert "is damaged. Delete this file" in found.stderr
 
 
+def test_two_models_side_by_side(
+    pruned_export: BundlePaths, blind_export: BundlePaths, tmp_path: Path
+) -> None:
+    found = _invoke(
+        pruned_export.graph, "--against", blind_export.graph, "--data", "easy-vqa", "--limit", 30,
+        "--modes", "uniform", "--tolerance", 40, "--output", tmp_path, "--threads", 1,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    result = json.loads(found.stdout.splitlines()[-1])
+    assert result["model"].startswith("pruned")
+    (other,) = result["against"]
+    assert other["model"].startswith("blind")
+    assert other["verdict"] == "IMAGE_NOT_USED"
+    assert other["delta_redundancy"] is None
+    assert other["delta_by_mode"] == {}
+    assert "image tokens needed" in found.stdout
+    assert f"{other['model']}: IMAGE_NOT_USED. The model does not use the image" in found.stdout
+    page = (tmp_path / "redundancy.md").read_text(encoding="utf-8")
+    assert "(redundancy.png)" in page
+    picture = Image.open(tmp_path / "redundancy.png")
+    assert picture.height > picture.width
+    # each model has runs of its own
+    assert len(list((tmp_path / "runs").glob("full*"))) == 2
+
+
 def test_sharing_a_picture_gives_the_answers_of_whole_prompts(
     model: Model, asked: Questions, pruned_export: BundlePaths
 ) -> None:
@@ -266,7 +291,7 @@ def test_a_model_given_twice_or_without_pruning_is_refused(
     assert "Export the model with --keep-tokens" in found.stderr
 
 
-def test_a_selector_that_the_file_has_no_scores_for_is_refused(
+def test_a_selector_that_the_file_has_no_inputs_for_is_refused(
     pruned_export: BundlePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = PruneGraph(pruned_export)
@@ -275,6 +300,8 @@ def test_a_selector_that_the_file_has_no_scores_for_is_refused(
     monkeypatch.setattr(selectors, "_has_input", lambda *_: False)
     with pytest.raises(RequestError, match="mode topk_score needs scores of the image tokens"):
         graph.with_mode("topk_score", 0)
+    with pytest.raises(RequestError, match="random cannot draw for each picture"):
+        graph.with_mode("random", 0)
     assert graph.with_mode("maxmin", 0)
 
 

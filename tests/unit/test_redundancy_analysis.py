@@ -249,14 +249,15 @@ def _two_reports() -> list[dict[str, Any]]:
             },
         )  # fmt: skip
         reports.append(_report(result, name))
-    reports[1]["delta_redundancy"] = reports[0]["redundancy"] - reports[1]["redundancy"]
+    delta = reports[0]["redundancy"] - reports[1]["redundancy"]
+    reports[1].update(delta_redundancy=delta, delta_by_mode={"mmr": delta, RANDOM: 0.0})
     return reports
 
 
 def test_the_page_says_what_was_found() -> None:
     page = pages.markdown(_two_reports(), "redundancy.png")
     assert "**two_bit: REDUNDANT.** mmr with 11 of 64 image tokens loses no more than" in page
-    assert "two_bit minus that of float: +17.19 points (11 against 22 of 64 tokens)" in page
+    assert "minus that of float, in points (tokens needed of 64): mmr +17.19 (11 against" in page
     assert "![accuracy against kept image tokens](redundancy.png)" in page
     assert "| two_bit | mmr | 11 | 82.8% | 3.00 | 11 / 11 / 11 |" in page
     assert "| float | no image token | 25.00% (23.48%-26.58%) | 25.00% | 25.00% |" in page

@@ -106,7 +106,7 @@ def export(
             "--calibration",
             help="easy-vqa, scenes, a folder of pictures with prompts.txt (a question per line) or "
             "a .jsonl file of image, question, answer.",
-            show_default="what the reference model was trained on; easy-vqa",
+            show_default="the data set that a reference model was trained on; of others easy-vqa",
         ),
     ] = None,
     calibration_samples: Annotated[
@@ -236,10 +236,12 @@ def export(
         if team.rank == 0:
             check_target(target, overwrite=overwrite)
         with progress_by_name() if team.rank == 0 else nullcontext() as tell:
+            items = None if calibration is None else calibration_items(calibration)
             vlm = load_checkpoint(model or checkpoint_path(), stream=stream)
-            if team.rank == 0 and model is not None:
-                _tell_calibration(vlm.training_data or calibration, method)
-            items = calibration_items(calibration or vlm.training_data)
+            if items is None:
+                if team.rank == 0 and model is not None and vlm.training_data is None:
+                    _tell_calibration(method)
+                items = calibration_items(vlm.training_data)
             if team.rank:
                 take_part(vlm, items, config, work_folder)
                 return
@@ -258,9 +260,9 @@ def export(
     show(*export_tables(target.name, result.report))
 
 
-def _tell_calibration(source: Path | str | None, method: str) -> None:
-    """Say that pictures of one's own would calibrate better, where none are known."""
-    if source is None and _calibrates(method):
+def _tell_calibration(method: str) -> None:
+    """Say that pictures of one's own would calibrate better."""
+    if _calibrates(method):
         typer.echo(
             "bivlm-export: calibrating on the easy-VQA pictures (64x64 shapes). Pictures like "
             "those the model will see serve it better: --calibration FOLDER.",

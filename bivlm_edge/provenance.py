@@ -28,6 +28,7 @@ RESULT_CODE = (
     "runtime/evaluate.py",
     "runtime/preprocess.py",
     "runtime/prompt.py",
+    "scenes.py",
     "texts.py",
     "tuning",
 )

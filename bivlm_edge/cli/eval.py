@@ -20,13 +20,12 @@ from bivlm_edge.cli.common import (
     show,
     show_json,
 )
-from bivlm_edge.datasets import Split, VqaItem, load_easy_vqa, load_jsonl
+from bivlm_edge.datasets import DATA_SETS, VqaItem, load_questions
 from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime import Answerer, load
 from bivlm_edge.runtime.evaluate import Evaluation, Score, evaluate
 
-EASY_VQA = "easy-vqa"
-SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
+_SPLITS = "; ".join(f"{name} has {', '.join(data.splits)}" for name, data in DATA_SETS.items())
 
 app = new_app()
 
@@ -39,11 +38,12 @@ def run(
         str,
         typer.Option(
             "--data",
-            help="easy-vqa, or a file of JSON lines with image, question and answer.",
+            help=f"{', '.join(DATA_SETS)}, or a file of JSON lines with image, question and "
+            "answer.",
         ),
     ],
     split: Annotated[
-        str, typer.Option("--split", help="Split of easy-vqa: train or test.")
+        str, typer.Option("--split", help=f"Split of a named data set: {_SPLITS}.")
     ] = "test",
     limit: Annotated[
         int | None,
@@ -66,6 +66,7 @@ def run(
 
     Examples:
       bivlm-eval model.onnx --data easy-vqa
+      bivlm-eval model.onnx --data scenes --split validation
       bivlm-eval model.onnx --data mine.jsonl --limit 100 --json
     """
     if limit is not None and limit < 1:
@@ -78,7 +79,7 @@ def run(
     result = {
         "model": model,
         "data": data,
-        "split": split if data == EASY_VQA else None,
+        "split": split if data in DATA_SETS else None,
         "custom_ops": answerer.session.library is not None,
         **_to_json(found),
     }
@@ -88,11 +89,10 @@ def run(
 
 
 def _items(data: str, split: str) -> list[VqaItem]:
-    if data != EASY_VQA:
-        return load_jsonl(data)
-    if split not in SPLITS:
-        raise RequestError(f"--split {split!r} is not known. Accepted: {', '.join(SPLITS)}.")
-    return load_easy_vqa(SPLITS[split])
+    if data in DATA_SETS and split not in DATA_SETS[data].splits:
+        accepted = ", ".join(DATA_SETS[data].splits)
+        raise RequestError(f"--split {split!r} is not known. Accepted: {accepted}.")
+    return load_questions(data, split)
 
 
 def _to_json(found: Evaluation) -> dict[str, Any]:

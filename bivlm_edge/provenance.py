@@ -28,6 +28,7 @@ RESULT_CODE = (
     "runtime/evaluate.py",
     "runtime/preprocess.py",
     "runtime/prompt.py",
+    "scenes.py",
     "texts.py",
     "tuning",
 )
@@ -46,6 +47,7 @@ ANSWER_CODE = (
     "runtime/prompt.py",
     "runtime/sampling.py",
     "runtime/session.py",
+    "scenes.py",
 )
 _LIBRARIES = ("torch", "transformers", "numpy", "scipy", "accelerate", "gguf")
 _CPUINFO = Path("/proc/cpuinfo")

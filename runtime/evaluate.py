@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bivlm_edge.datasets import ImageSource, VqaItem
+from bivlm_edge.datasets import PictureSource, VqaItem
 from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime.answer import Answerer
 from bivlm_edge.runtime.preprocess import Picture
@@ -120,7 +120,7 @@ def evaluate(
     """
     if not items:
         raise RequestError("there are no questions to ask. Give --limit 1 or more.")
-    by_image: dict[ImageSource, list[VqaItem]] = defaultdict(list)
+    by_image: dict[PictureSource, list[VqaItem]] = defaultdict(list)
     for item in items:
         by_image[item.image].append(item)
     answered: list[tuple[VqaItem, str]] = []

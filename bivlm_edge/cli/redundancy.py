@@ -26,9 +26,10 @@ from bivlm_edge.cli.common import (
     show_json,
     split_names,
 )
-from bivlm_edge.cli.eval import EASY_VQA, load_questions
+from bivlm_edge.cli.eval import DATA_HELP, SPLIT_HELP, questions_of
 from bivlm_edge.compare.plot import require_matplotlib
 from bivlm_edge.config import PRUNE_MODES
+from bivlm_edge.datasets import CALIBRATION_SPLIT, DATA_SETS
 from bivlm_edge.errors import OutputError, RequestError
 from bivlm_edge.files import write_bytes, write_text
 from bivlm_edge.provenance import ANSWER_CODE, code_version
@@ -43,7 +44,6 @@ from bivlm_edge.report import to_json
 
 _NAME = "redundancy"
 _BASELINES = (RANDOM, "uniform")
-_TRAIN = "train"
 
 app = new_app()
 
@@ -54,10 +54,7 @@ def run(
     model: ModelArgument,
     data: Annotated[
         str,
-        typer.Option(
-            "--data",
-            help="easy-vqa, or a file of JSON lines with image, question and answer.",
-        ),
+        typer.Option("--data", help=DATA_HELP),
     ],
     against: Annotated[
         list[str] | None,
@@ -67,9 +64,7 @@ def run(
             "repeated.",
         ),
     ] = None,
-    split: Annotated[
-        str, typer.Option("--split", help="Split of easy-vqa: train or test.")
-    ] = "test",
+    split: Annotated[str, typer.Option("--split", help=SPLIT_HELP)] = "test",
     limit: Annotated[
         int | None,
         typer.Option(
@@ -141,7 +136,7 @@ def run(
         also=tuple(tokens or ()),
     )
     _check_alike(paths)
-    items = spread(load_questions(data, split), limit)
+    items = spread(questions_of(data, split), limit)
     with progress("pictures", len(items)) as on_progress:
         questions = gather(items, on_progress)
     blind = _question_only(questions, data)
@@ -162,7 +157,7 @@ def run(
                     for kind, values in found["kinds"].items()
                 },
                 "data": data,
-                "split": split if data == EASY_VQA else None,
+                "split": split if data in DATA_SETS else None,
                 "seed": seed,
                 "seeds": seeds,
                 "code": code_version(ANSWER_CODE),
@@ -208,13 +203,15 @@ def _with_own(setting: Setting, mode: str) -> Setting:
 def _question_only(questions: Questions, data: str) -> dict[str, Any]:
     """What the most frequent answer to each question scores, where the data have a train split."""
     kinds = questions.kinds
-    if data != EASY_VQA:
+    if data not in DATA_SETS:
         return {
             "accuracy_question_only": None,
             "intervals": {},
             "kinds": {kind: {"question_only": None} for kind in kinds},
         }
-    correct = questions.correct(question_only(questions.items, load_questions(data, _TRAIN)))
+    correct = questions.correct(
+        question_only(questions.items, questions_of(data, CALIBRATION_SPLIT))
+    )
     accuracy = float(correct.mean())
     return {
         "accuracy_question_only": accuracy,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from bivlm_edge.datasets import load_jsonl
+from bivlm_edge.datasets import ImageSource, load_jsonl
 from bivlm_edge.errors import DataError, OutputError
 from bivlm_edge.files import write_text
 
@@ -144,9 +144,9 @@ def fingerprint(source: str) -> str:
 def _files(path: Path) -> Iterator[Path]:
     own = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     yield from own
-    named = {
-        item.image.path for file in own if file.suffix == ".jsonl" for item in load_jsonl(file)
-    }
+    lists = [file for file in own if file.suffix == ".jsonl"]
+    images = (item.image for file in lists for item in load_jsonl(file))
+    named = {image.path for image in images if isinstance(image, ImageSource)}
     yield from sorted(named - set(own))
 
 

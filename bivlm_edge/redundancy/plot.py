@@ -12,6 +12,8 @@ from bivlm_edge.redundancy.plan import RANDOM
 
 Result = Mapping[str, Any]
 _MARKERS = "osD^vP*X"
+_KINDS_PER_ROW = 4
+_UPPER_HEIGHT, _LOWER_HEIGHT = 5.1, 4.1  # inches of a row of panels
 _LEAST_GAIN = -0.3  # what is further below no image would flatten the rest
 _LINES = (
     ("accuracy_full", "all tokens - tolerance", "black", "--"),
@@ -26,7 +28,9 @@ def png(results: Sequence[Result]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(17, 9.2 * len(results)), dpi=100, layout="constrained")
+    rows = math.ceil(len(results[0]["kinds"]) / _KINDS_PER_ROW)
+    height = _UPPER_HEIGHT + _LOWER_HEIGHT * rows
+    figure = Figure(figsize=(17, height * len(results)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for result, part in zip(
         results, figure.subfigures(len(results), 1, squeeze=False)[:, 0], strict=True
@@ -47,14 +51,22 @@ def _draw(result: Result, part: Any) -> None:
         _draw_controls(result, part.subplots())
         return
     kinds = list(result["kinds"])
-    upper, lower = part.subfigures(2, 1, height_ratios=(1.25, 1)) if kinds else (part, None)
+    rows = math.ceil(len(kinds) / _KINDS_PER_ROW)
+    upper, lower = part, None
+    if kinds:
+        ratios = (_UPPER_HEIGHT, _LOWER_HEIGHT * rows)
+        upper, lower = part.subfigures(2, 1, height_ratios=ratios)
     accuracy, gain, cost = upper.subplots(1, 3, width_ratios=(1.7, 1.1, 0.9))
     _accuracy(result, accuracy)
     _gain(result, gain)
     _cost(result, cost)
     if lower is not None:
-        for kind, axes in zip(kinds, lower.subplots(1, len(kinds), squeeze=False)[0], strict=True):
+        columns = min(len(kinds), _KINDS_PER_ROW)
+        panels = lower.subplots(rows, columns, squeeze=False).ravel()
+        for kind, axes in zip(kinds, panels, strict=False):
             _kind(result, kind, axes)
+        for axes in panels[len(kinds) :]:
+            axes.set_visible(False)
 
 
 def _draw_controls(result: Result, axes: Any) -> None:

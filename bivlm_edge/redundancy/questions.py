@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bivlm_edge.datasets import ImageSource, VqaItem
+from bivlm_edge.datasets import PictureSource, VqaItem
 from bivlm_edge.errors import DataError
 from bivlm_edge.runtime.evaluate import normalized
 
@@ -29,7 +29,7 @@ class Questions:
     """
 
     items: tuple[VqaItem, ...]
-    pictures: tuple[ImageSource, ...]
+    pictures: tuple[PictureSource, ...]
     picture_of: NDArray[np.int64]
     digest: str
 
@@ -59,7 +59,7 @@ def spread(items: Sequence[VqaItem], limit: int | None) -> list[VqaItem]:
     """
     if limit is None or limit >= len(items):
         return list(items)
-    by_picture: dict[ImageSource, list[VqaItem]] = defaultdict(list)
+    by_picture: dict[PictureSource, list[VqaItem]] = defaultdict(list)
     for item in items:
         by_picture[item.image].append(item)
     groups = list(by_picture.values())
@@ -82,9 +82,9 @@ def gather(items: Sequence[VqaItem], on_progress: Callable[[int], None] | None =
     Raises:
         DataError: A picture cannot be read, or there are fewer than two distinct ones.
     """
-    seen: dict[ImageSource, int] = {}
+    seen: dict[PictureSource, int] = {}
     by_pixels: dict[bytes, int] = {}
-    pictures: list[ImageSource] = []
+    pictures: list[PictureSource] = []
     digest = hashlib.sha256()
     picture_of = np.zeros(len(items), dtype=np.int64)
     for number, item in enumerate(items):

@@ -20,6 +20,7 @@ SHARED = {
     "positions",
     "pruning",
     "report",
+    "scenes",
     "texts",
     "_ops_library",
     "__version__",

@@ -210,6 +210,7 @@ def test_eval_ends_with_one_line_of_json(bundle: Any, image: str, tmp_path: Path
         (None, (), 3, "cannot be read"),
         ("{}", ("--limit", "0"), 2, "--limit 0"),
         ("{}", ("--data", "easy-vqa", "--split", "val"), 2, "--split 'val' is not known"),
+        ("{}", ("--data", "scenes", "--split", "dev"), 2, "Accepted: train, validation, test."),
     ],
 )
 def test_eval_refuses_bad_data(

@@ -285,6 +285,15 @@ def test_the_picture_can_be_drawn_with_and_without_curves() -> None:
     drawn = Image.open(io.BytesIO(plot.png(reports)))
     assert drawn.width > 1000
     assert drawn.height > drawn.width  # a row for each model
+    many = [f"kind {number}" for number in range(6)]
+    for report in reports:
+        report["kinds"] = dict.fromkeys(many, report["kinds"]["color"])
+        for mode in report["modes"].values():
+            mode["kinds"] = dict.fromkeys(many, mode["kinds"]["color"])
+        for curve in report["curves"].values():
+            for point in curve:
+                point["kinds"] = dict.fromkeys(many, 0.5)
+    assert Image.open(io.BytesIO(plot.png(reports))).height > drawn.height
     known = Known(_questions(300), {})
     blind = analyse(
         known.questions, Setting(("mmr",)), TOKENS, "mmr",

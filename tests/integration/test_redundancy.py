@@ -156,8 +156,8 @@ def test_two_models_side_by_side(
     assert f"{other['model']}: IMAGE_NOT_USED. The model does not use the image" in found.stdout
     page = (tmp_path / "redundancy.md").read_text(encoding="utf-8")
     assert "(redundancy.png)" in page
-    picture = Image.open(tmp_path / "redundancy.png")
-    assert picture.height > picture.width
+    with Image.open(tmp_path / "redundancy.png") as picture:
+        assert picture.height > picture.width
     # each model has runs of its own
     assert len(list((tmp_path / "runs").glob("full*"))) == 2
 

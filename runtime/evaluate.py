@@ -71,7 +71,7 @@ class Scores:
         hits: dict[str, list[bool]] = defaultdict(list)
         open_ended: list[bool] = []
         for item, text in answered:
-            is_hit = _normalized(text) == _normalized(item.answer)
+            is_hit = normalized(text) == normalized(item.answer)
             hits[item.kind].append(is_hit)
             if item.is_open_ended:
                 open_ended.append(is_hit)
@@ -156,5 +156,6 @@ def _answer(
     return text, generation.kept_tokens, generation.prompt_tokens
 
 
-def _normalized(answer: str) -> str:
+def normalized(answer: str) -> str:
+    """Return the form in which answers are compared."""
     return answer.strip().lower()

@@ -19,12 +19,13 @@ from bivlm_edge.cli.common import (
     unwind_on_sigterm,
 )
 from bivlm_edge.compare import plot, tables
-from bivlm_edge.compare.rows import read_rows, rows_text, write_text
+from bivlm_edge.compare.rows import read_rows, rows_text
 from bivlm_edge.compare.runner import Failure, Setting, run_all
 from bivlm_edge.compare.specification import FLOAT, Run, plan
 from bivlm_edge.config import METHODS
 from bivlm_edge.datasets import DATA_SETS, EASY_VQA_NAME, calibrating_data
 from bivlm_edge.errors import DataError, OutputError, RequestError
+from bivlm_edge.files import write_text
 from bivlm_edge.texts import BOOKS, CALIBRATION_TEXTS, TEST_TEXT, VALIDATION_TEXT
 
 SMOLLM2 = "smollm2-135m"

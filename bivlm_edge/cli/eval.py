@@ -25,7 +25,9 @@ from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime import Answerer, load
 from bivlm_edge.runtime.evaluate import Evaluation, Score, evaluate
 
+DATA_HELP = f"{', '.join(DATA_SETS)}, or a file of JSON lines with image, question and answer."
 _SPLITS = "; ".join(f"{name} has {', '.join(data.splits)}" for name, data in DATA_SETS.items())
+SPLIT_HELP = f"Split of a named data set: {_SPLITS}."
 
 app = new_app()
 
@@ -36,15 +38,9 @@ def run(
     model: ModelArgument,
     data: Annotated[
         str,
-        typer.Option(
-            "--data",
-            help=f"{', '.join(DATA_SETS)}, or a file of JSON lines with image, question and "
-            "answer.",
-        ),
+        typer.Option("--data", help=DATA_HELP),
     ],
-    split: Annotated[
-        str, typer.Option("--split", help=f"Split of a named data set: {_SPLITS}.")
-    ] = "test",
+    split: Annotated[str, typer.Option("--split", help=SPLIT_HELP)] = "test",
     limit: Annotated[
         int | None,
         typer.Option("--limit", help="Ask only the first questions.", show_default="all"),
@@ -73,7 +69,7 @@ def run(
         raise RequestError(f"--limit {limit} leaves no question to ask. Give 1 or more.")
     session = load(model, custom_ops=not no_custom_ops, threads=threads)
     answerer = Answerer(session.keeping_fraction(keep_tokens))
-    items = _items(data, split)[:limit]
+    items = questions_of(data, split)[:limit]
     with progress("questions", len(items)) as on_progress:
         found = evaluate(answerer, items, max_new_tokens=max_new_tokens, on_progress=on_progress)
     result = {
@@ -88,7 +84,13 @@ def run(
     show_json(result)
 
 
-def _items(data: str, split: str) -> list[VqaItem]:
+def questions_of(data: str, split: str) -> list[VqaItem]:
+    """Return the questions that `--data` and `--split` name.
+
+    Raises:
+        RequestError: The data set has no such split.
+        DataError: The data cannot be read.
+    """
     if data in DATA_SETS and split not in DATA_SETS[data].splits:
         accepted = ", ".join(DATA_SETS[data].splits)
         raise RequestError(f"--split {split!r} is not known. Accepted: {accepted}.")

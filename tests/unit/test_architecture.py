@@ -13,6 +13,7 @@ SHARED = {
     "config",
     "bundle",
     "datasets",
+    "files",
     "memory",
     "package_files",
     "pictures",

@@ -16,12 +16,12 @@ from bivlm_edge.compare.rows import (
     fingerprint,
     read_rows,
     rows_text,
-    write_text,
 )
 from bivlm_edge.compare.runner import Setting, run_all
 from bivlm_edge.compare.specification import Run, parse_run
 from bivlm_edge.datasets import calibrating_data
 from bivlm_edge.errors import DataError, OutputError, RequestError
+from bivlm_edge.files import write_text
 from bivlm_edge.quant.quantizer import LayerReport, QuantizedModel
 
 

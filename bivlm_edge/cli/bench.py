@@ -93,7 +93,7 @@ def run(
         typer.Option(
             "--keep-tokens",
             help="Fraction of the image tokens to keep, of a MODEL exported with pruning; may be "
-            "repeated: MODEL is then measured with each.",
+            "repeated: MODEL is then measured with each. With --synthetic the two-bit export.",
             show_default="as exported",
         ),
     ] = None,
@@ -164,6 +164,7 @@ def run(
       bivlm-bench pruned.onnx --keep-tokens 1 --keep-tokens 0.5 --keep-tokens 0.25
       bivlm-bench model.onnx --context 512 --profile
       bivlm-bench --synthetic smolvlm-256m
+      bivlm-bench --synthetic llava-ov-0.5b --keep-tokens 1 --keep-tokens 0.25
       bivlm-bench --kernels --shape 4096x4096 --tokens 1 --threads 1
     """
     if kernels:
@@ -182,7 +183,7 @@ def run(
             f"--profile needs --new-tokens {_FEWEST_PROFILED_TOKENS} or more: the prefill's, a "
             "warm-up and one to profile."
         )
-    model, *built = _models(model, synthetic, refresh=refresh)
+    model, *built = _models(model, synthetic, pruned=bool(keep_tokens), refresh=refresh)
     compare = [*built, *(compare or [])]
     for path in (model, *compare):
         read_manifest(BundlePaths(Path(path)))
@@ -227,8 +228,8 @@ def _refuse(ctx: typer.Context, names: Sequence[str], why: str) -> None:
             raise RequestError(f"{option} {why}. Leave one of the two out.")
 
 
-def _models(model: str | None, synthetic: str | None, *, refresh: bool) -> list[str]:
-    """The model to measure, and for --synthetic the 4-bit one to compare it with."""
+def _models(model: str | None, synthetic: str | None, *, pruned: bool, refresh: bool) -> list[str]:
+    """The model to measure, and for --synthetic the 4-bit one to compare it with, or `pruned`."""
     if (model is None) == (synthetic is None):
         raise RequestError(
             f"{'neither' if model is None else 'both'} MODEL {'nor' if model is None else 'and'} "
@@ -239,10 +240,15 @@ def _models(model: str | None, synthetic: str | None, *, refresh: bool) -> list[
         if refresh:
             raise RequestError("--refresh goes with --synthetic only. Leave it out.")
         return [str(model)]
+    methods = synthetic_models.METHODS[:1] if pruned else synthetic_models.METHODS
     with progress_by_name() as tell:
         return [
-            str(synthetic_models.ensure(synthetic, method, refresh=refresh, progress=tell))
-            for method in synthetic_models.METHODS
+            str(
+                synthetic_models.ensure(
+                    synthetic, method, pruned=pruned, refresh=refresh, progress=tell
+                )
+            )
+            for method in methods
         ]
 
 

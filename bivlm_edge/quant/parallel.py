@@ -16,7 +16,7 @@ from bivlm_edge.quant.transform import StoredProblem
 _LEAST_ROWS = 4 * PANEL  # per thread; fewer do not pay
 
 
-def solve_rows(
+def solve_in_parts(
     problem: StoredProblem, solve: Callable[[StoredProblem], BinaryWeight]
 ) -> BinaryWeight:
     """Solve a problem with each process and thread taking a part of the rows, whole panels of them.

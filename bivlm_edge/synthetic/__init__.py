@@ -25,12 +25,13 @@ METHODS: tuple[Method, ...] = get_args(Method)
 _WRITERS = ("export", "models", "quant", "synthetic")
 
 
-def cached(name: str, method: Method) -> Path:
+def cached(name: str, method: Method, *, pruned: bool = False) -> Path:
     """Return where the export of an architecture lies, or will lie, in the cache.
 
     Args:
         name: One of NAMES.
         method: One of METHODS.
+        pruned: Of the export whose runs choose their number of image tokens.
 
     Raises:
         RequestError: There is no such architecture.
@@ -38,7 +39,8 @@ def cached(name: str, method: Method) -> Path:
     if name not in NAMES:
         raise RequestError(f"--synthetic {name!r} is not known. Accepted: {', '.join(NAMES)}.")
     version = f"{__version__}-bundle{BUNDLE_VERSION}-format{FORMAT}-{_code_that_writes():08x}"
-    return cache_folder() / "synthetic" / version / f"{name}-{method}.onnx"
+    stem = f"{name}-{method}-pruned" if pruned else f"{name}-{method}"
+    return cache_folder() / "synthetic" / version / f"{stem}.onnx"
 
 
 @cache
@@ -52,13 +54,19 @@ def _code_that_writes() -> int:
 
 
 def ensure(
-    name: str, method: Method, *, refresh: bool = False, progress: Progress | None = None
+    name: str,
+    method: Method,
+    *,
+    pruned: bool = False,
+    refresh: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Return the path of an export, which is built if the cache lacks it.
 
     Args:
         name: One of NAMES.
         method: One of METHODS.
+        pruned: With pruning of image tokens; a run keeps half of them unless it asks otherwise.
         refresh: Build it anew.
         progress: Called with (what runs, steps done, steps in all).
 
@@ -66,7 +74,7 @@ def ensure(
         RequestError: There is no such architecture, or torch is not installed.
         OutputError: The cache is not writable, or the disk is full.
     """
-    path = cached(name, method)
+    path = cached(name, method, pruned=pruned)
     if path.is_file() and not refresh:
         return path
     try:
@@ -83,5 +91,5 @@ def ensure(
             f"cannot write into '{path.parent}': {error.strerror}. Set XDG_CACHE_HOME to a folder "
             "with some gigabytes of space."
         ) from error
-    build(name, method, path, overwrite=refresh, progress=progress)
+    build(name, method, path, pruned=pruned, overwrite=refresh, progress=progress)
     return path

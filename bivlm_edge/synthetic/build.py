@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bivlm_edge import custom_ops_library
-from bivlm_edge.config import ExportConfig, QuantConfig
+from bivlm_edge.config import ExportConfig, PruneConfig, QuantConfig
 from bivlm_edge.errors import RequestError, UnsupportedModelError, ValidationError
 from bivlm_edge.export import parts
 from bivlm_edge.export.assets import write_report
@@ -57,6 +57,7 @@ from bivlm_edge.synthetic.weights import (
 )
 
 BITS = 2.0
+KEEP_RATIO = 0.5
 NOTE = (
     "the weights are random: only speed and memory mean anything, the answers do not. Checked by "
     "one prefill and one decode step in ONNX Runtime with finite logits, not against torch"
@@ -71,6 +72,7 @@ def build(
     method: Method,
     target: Path,
     *,
+    pruned: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -80,6 +82,7 @@ def build(
         name: One of `synthetic.NAMES`.
         method: "bivlm-edge" (two planes, Hadamard blocks, 2.0 true bits) or "nbits4".
         target: Path of the graph, ending in .onnx.
+        pruned: Prune image tokens; a run keeps KEEP_RATIO of them unless it asks otherwise.
         overwrite: Replace what is there.
         progress: Called with (what runs, steps done, steps in all).
 
@@ -94,7 +97,13 @@ def build(
             f"{', '.join(NAMES)} by {', '.join(METHODS)}."
         )
     return build_architecture(
-        ARCHITECTURES[name], name, method, target, overwrite=overwrite, progress=progress
+        ARCHITECTURES[name],
+        name,
+        method,
+        target,
+        pruned=pruned,
+        overwrite=overwrite,
+        progress=progress,
     )
 
 
@@ -104,12 +113,14 @@ def build_architecture(
     method: Method,
     target: Path,
     *,
+    pruned: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write the export of any architecture with random weights; see `build`."""
     paths = check_target(target, overwrite=overwrite)
-    config = ExportConfig(QuantConfig(method=method, bits=BITS))
+    prune = PruneConfig(keep_ratio=KEEP_RATIO if pruned else 1.0)
+    config = ExportConfig(QuantConfig(method=method, bits=BITS), prune)
     custom_ops_library()  # the check needs it: better missed now than after drawing
     started = time.perf_counter()
 

@@ -82,6 +82,21 @@ def test_bench_builds_once_and_compares_two_with_four_bits(
     assert sorted(path.name for path in two.parent.iterdir() if path.name.startswith(".")) == []
 
 
+def test_bench_measures_fractions_of_a_pruned_export(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = _bench(capsys, "--keep-tokens", "1", "--keep-tokens", "0.25", "--json")
+    whole, quarter = result["models"]
+    pruned = synthetic.cached(NAME, "bivlm-edge", pruned=True)
+    assert [path.name for path in pruned.parent.glob("*.onnx")] == [pruned.name]
+    assert pruned.is_relative_to(tiny)
+    image_tokens = read_manifest(BundlePaths(pruned)).image_tokens
+    assert whole["kept_tokens"] == whole["prompt_tokens"]
+    assert whole["kept_tokens"] - quarter["kept_tokens"] == image_tokens * 3 // 4
+    (ratio,) = result["ratios"]
+    assert ratio["label"] == "tiny-bivlm-edge-pruned (0.25 kept)"
+
+
 def _check_report(path: Path, method: str) -> None:
     report = json.loads((BundlePaths(path).assets / "export_report.json").read_text())
     assert "the weights are random" in report["note"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
@@ -22,7 +23,7 @@ from bivlm_edge.quant.linalg import output_energy
 from bivlm_edge.quant.methods.bivlm_edge import quantize, quantize_planes
 from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import BinaryWeight, PlaneClass
-from bivlm_edge.quant.parallel import solve_rows
+from bivlm_edge.quant.parallel import solve_in_parts
 from bivlm_edge.quant.refine import Assignment, descend, loss, refit
 from bivlm_edge.quant.transform import (
     CalibratedLayer,
@@ -206,9 +207,10 @@ def test_rows_solved_by_several_threads_are_those_of_one() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        found = solve_rows(problem, solve)
+        found = solve_in_parts(problem, solve)
         assert sorted(solved) == [(70, 1), (80, 1)]  # 5 panels of 16 rows each, the last one short
-        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as later:  # new threads take torch's number, not this one's
+            assert later.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
     expected = quantize_planes(problem, plan)

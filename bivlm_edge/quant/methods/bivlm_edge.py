@@ -42,7 +42,7 @@ from bivlm_edge.quant.packed import (
     padded_columns,
     plane_classes,
 )
-from bivlm_edge.quant.parallel import solve_rows
+from bivlm_edge.quant.parallel import solve_in_parts
 from bivlm_edge.quant.refine import Assignment, descend, refit
 from bivlm_edge.quant.transform import (
     CalibratedLayer,
@@ -88,7 +88,7 @@ def quantize(layers: Sequence[CalibratedLayer], options: LayerOptions) -> list[B
     def solve(trial: tuple[Plan, list[StoredProblem]], rounds: int) -> list[BinaryWeight]:
         plan, problems = trial
         quantize = partial(quantize_planes, plan=plan, without=options.without, rounds=rounds)
-        return [solve_rows(problem, quantize) for problem in problems]
+        return [solve_in_parts(problem, quantize) for problem in problems]
 
     k = layers[0].weight.shape[1]
     byte_budget, seed = options.byte_budget, options.seed

@@ -40,4 +40,5 @@ def features(places: Places) -> NDArray[np.float32]:
 def _bumps(axis: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return Gaussians around points SPREAD apart, one beyond each end: ``(tokens, points)``."""
     points = np.arange(axis.min() - SPREAD, axis.max() + 2 * SPREAD, SPREAD)
-    return np.exp(-(((axis[:, None] - points) / SPREAD) ** 2)).astype(np.float32)
+    bumps: NDArray[np.float32] = np.exp(-(((axis[:, None] - points) / SPREAD) ** 2))
+    return bumps.astype(np.float32)

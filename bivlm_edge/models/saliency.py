@@ -90,4 +90,5 @@ def text_relevance(embeddings: Tensor, is_image: Tensor) -> Tensor:
     images_behind = count.sum(1, keepdim=True) - count.cumsum(1)
     is_question = ((images_behind + count) == 0).float()[..., None]
     question = (unit * is_question).sum(1, keepdim=True) / is_question.sum(1, keepdim=True).clamp(1)
-    return (unit * question).sum(-1)
+    scores: Tensor = (unit * question).sum(-1)
+    return scores

@@ -47,7 +47,8 @@ struct LevelsNeon : Vectors {
   static void Levels(const Codebook& codebook, uint8x16_t codes, uint8x16_t rows,
                      int8x16_t (&levels)[kSteps<is_pair>]) {
     if constexpr (is_pair) {
-      // Steps 0 and 2 of a byte, then 1 and 3, with the row in the bits of the other two.
+      // Steps 0 and 2 of a byte, then 1 and 3, with the row in the bits of the other two. Selected
+      // and not ANDed and ORed, which g++ 12 would do over again for each look-up.
       const uint8x16_t first = vdupq_n_u8(0x33);
       const uint8x16_t even = vbslq_u8(first, codes, vshlq_n_u8(rows, 2));
       const uint8x16_t odd = vbslq_u8(first, rows, codes);

@@ -21,6 +21,16 @@ step "C++ kernels under ASan and UBSan"
 (cd custom_ops && cmake --preset asan >/dev/null && cmake --build --preset asan -- -k 0 | tail -n 1 &&
   ctest --preset asan --output-on-failure)
 
+step "NEON under qemu"
+if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null; then
+  (cd custom_ops && cmake --preset arm64-qemu >/dev/null &&
+    cmake --build --preset arm64-qemu -- -k 0 | tail -n 1 &&
+    ctest --preset arm64-qemu --output-on-failure -j 2)
+else
+  echo "skipped: aarch64-linux-gnu-g++ or qemu-aarch64-static is missing" \
+    "(apt-get install g++-aarch64-linux-gnu qemu-user-static)"
+fi
+
 step "pytest"
 # Small tensors: threads of torch would only wait for each other; two processes do not.
 export OMP_NUM_THREADS=1

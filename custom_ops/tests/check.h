@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <sstream>
 #include <string>
@@ -42,6 +43,15 @@ class Checker {
   std::size_t checks_ = 0;
   std::size_t failures_ = 0;
 };
+
+// Whether the next case of the longest tests runs: all do, or with BIVLM_TEST_EVERY=n, for slow
+// emulators, each n-th.
+inline bool RunsCase() {
+  static const char* const text = std::getenv("BIVLM_TEST_EVERY");
+  static const long every = text == nullptr ? 1 : std::strtol(text, nullptr, 10);
+  static long next = 0;
+  return every < 1 || next++ % every == 0;
+}
 
 // `bytes` bytes between two guards, to show writes outside.
 class Guarded {

@@ -85,6 +85,23 @@ void X86Build(Checker* check) {
 }
 #endif
 
+#if defined(BIVLM_CPU_NEON) && defined(BIVLM_CPU_DOTPROD) && defined(BIVLM_CPU_I8MM)
+#define BIVLM_TEST_ARM_BUILD
+void ArmBuild(Checker* check) {
+  ExpectName(check, isa::kNeon, "", "neon");
+  ExpectName(check, isa::kNeon, "dotprod", "none");
+  ExpectName(check, isa::kNeon | isa::kDotProd, "", "dotprod");
+  ExpectName(check, isa::kNeon | isa::kDotProd, "neon", "neon");
+  ExpectName(check, isa::kNeon | isa::kDotProd, "i8mm", "none");
+  ExpectName(check, isa::kNeon | isa::kI8mm, "", "neon");
+  ExpectName(check, isa::kNeon | isa::kDotProd | isa::kI8mm, "", "i8mm");
+  ExpectName(check, isa::kNeon | isa::kDotProd | isa::kI8mm, "dotprod", "dotprod");
+  ExpectName(check, isa::kNeon, "avx2", "none");
+  ExpectAvailable(check, isa::kNeon, "neon, generic");
+  ExpectAvailable(check, isa::kNeon | isa::kDotProd | isa::kI8mm, "i8mm, dotprod, neon, generic");
+}
+#endif
+
 }  // namespace
 }  // namespace bivlm::testing
 
@@ -93,6 +110,9 @@ int main() {
   bivlm::testing::EveryBuild(&check);
 #ifdef BIVLM_TEST_X86_BUILD
   bivlm::testing::X86Build(&check);
+#endif
+#ifdef BIVLM_TEST_ARM_BUILD
+  bivlm::testing::ArmBuild(&check);
 #endif
   return check.Finish("select_test");
 }

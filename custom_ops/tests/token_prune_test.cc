@@ -367,6 +367,7 @@ ReferencePrune RandomProblem(uint64_t seed, bool integers) {
 // Integer features: every dot product and norm is exact, so the choices are too, ties included.
 void IntegerFeatures(Checker* check) {
   for (uint64_t seed = 1; seed <= 700; ++seed) {
+    if (!RunsCase()) continue;
     const ReferencePrune p = RandomProblem(seed, true);
     ExpectPruned(check, "seed " + std::to_string(seed), p, ReferenceTokenPrune(p), true, true);
   }
@@ -375,6 +376,7 @@ void IntegerFeatures(Checker* check) {
 // Gaussian features: no ties, so that rounding of 1e-7 does not change the choices of these seeds.
 void RealFeatures(Checker* check) {
   for (uint64_t seed = 2001; seed <= 2300; ++seed) {
+    if (!RunsCase()) continue;
     const ReferencePrune p = RandomProblem(seed, false);
     ExpectPruned(check, "seed " + std::to_string(seed), p, ReferenceTokenPrune(p), false, false);
   }
@@ -396,6 +398,7 @@ void LargeAndExtreme(Checker* check) {
     p.width = 3;
     p.hidden.assign(p.s * p.width, 1.0F);
     for (const char* mode : {"maxmin", "dpp", "coverage"}) {
+      if (!RunsCase()) continue;
       p.mode = mode;
       p.merge = "mean";
       ExpectPruned(check, "features of size " + std::to_string(size), p, ReferenceTokenPrune(p),

@@ -15,10 +15,14 @@ inline constexpr IsaSet kAvx512 = 1U << 1;    // AVX-512 F, BW, DQ, VL and VNNI
 inline constexpr IsaSet kAvxVnni = 1U << 2;   // VNNI of 256-bit vectors without AVX-512
 inline constexpr IsaSet kAmxInt8 = 1U << 3;   // AMX tiles and their int8 products
 inline constexpr IsaSet kVbmiGfni = 1U << 4;  // AVX-512 VBMI and GFNI
+inline constexpr IsaSet kNeon = 1U << 5;      // Advanced SIMD of ARMv8.0
+inline constexpr IsaSet kDotProd = 1U << 6;   // its int8 dot products (ARMv8.2)
+inline constexpr IsaSet kI8mm = 1U << 7;      // its int8 matrix products (ARMv8.6)
 }  // namespace isa
 
 // What this CPU has and its operating system has switched on. The first call asks Linux for the
-// tile registers of AMX, which it gives to processes that ask; with other systems AMX is not used.
+// tile registers of AMX, which it gives to processes that ask; with other systems AMX is not used,
+// nor are the int8 products of ARM.
 IsaSet SupportedIsa();
 
 }  // namespace bivlm

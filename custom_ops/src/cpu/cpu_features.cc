@@ -7,6 +7,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace bivlm {
 #if defined(__x86_64__)
@@ -68,6 +72,14 @@ static IsaSet FindIsa() {
     }
     if (HasAmxInt8()) supported |= isa::kAmxInt8;
   }
+#endif
+#if defined(__aarch64__)
+  supported |= isa::kNeon;
+#if defined(__linux__)
+  // Linux, Documentation/arch/arm64/elf_hwcaps.rst.
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) supported |= isa::kDotProd;
+  if ((getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0) supported |= isa::kI8mm;
+#endif
 #endif
   return supported;
 }

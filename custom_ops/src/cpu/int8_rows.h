@@ -41,6 +41,8 @@ inline constexpr uint32_t kInfinityBits = 0x7f800000U;
 // BinaryMatMulFunctions::prepare of the int8 kernels.
 void PrepareInt8Avx2(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
                      std::byte* prepared, float* work);
+void PrepareInt8Neon(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
+                     std::byte* prepared, float* work);
 void PrepareInt8Avx512(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
                        std::byte* prepared, float* work);
 

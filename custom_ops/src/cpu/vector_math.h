@@ -24,7 +24,8 @@ struct VectorMath {
     return v;
   }
   static void Store(float* address, Vec v) { std::memcpy(address, &v, sizeof(v)); }
-  static Vec All(float value) { return Vec{} + value; }
+  // Not 0 + value: the compiler must add, for the sake of -0.
+  static Vec All(float value) { return value - Vec{}; }
 
   // e^x for x <= 0, 0 where that is below the smallest normal float. Relative error below 2e-7: a
   // polynomial on +-ln(2) / 2 (S. Moshier, Cephes, expf) times a power of 2.

@@ -13,7 +13,7 @@
 #error "compile this file with the flags that CMakeLists.txt gives to the avx2 kernels"
 #endif
 
-#include "avx2/multiply_int8.h"
+#include "avx2/int8_bytes.h"
 
 namespace bivlm {
 namespace {
@@ -27,7 +27,10 @@ __m256i AddProducts(__m256i sum, __m256i bits, __m256i x) {
   return sum;
 }
 
-struct Avx2 {
+struct Avx2 : Vectors {
+  static constexpr std::size_t kDecodeTokens = 4;
+  static constexpr std::size_t kTileTokens = 6;  // 12 accumulators
+
   struct Codebook {
     __m256i plane0;  // both 16-bit halves of a lane: q3 + q1; single blocks: 2
     __m256i plane1;  // q3 - q1
@@ -39,15 +42,17 @@ struct Avx2 {
                                std::size_t half) {
     if (!stream.is_pair) {
       return {_mm256_set1_epi16(2), _mm256_setzero_si256(), _mm256_set1_epi32(1),
-              Coefficients(coefficients, stream.coefficient_slot, half)};
+              Coefficients<Vectors>(coefficients, stream.coefficient_slot, half)};
     }
-    const PairLevels levels = MakePairLevels(stream, coefficients, half);
+    const PairLevels<Vectors> levels(stream, coefficients, half);
+    const __m256i q1 = (__m256i)levels.q1;
+    const __m256i q3 = (__m256i)levels.q3;
     const __m256i low = _mm256_set1_epi32(0xFFFF);
-    const __m256i sum = _mm256_add_epi16(levels.q3, levels.q1);
-    const __m256i difference = _mm256_sub_epi16(levels.q3, levels.q1);
+    const __m256i sum = _mm256_add_epi16(q3, q1);
+    const __m256i difference = _mm256_sub_epi16(q3, q1);
     return {_mm256_blend_epi16(sum, _mm256_slli_epi32(sum, 16), 0xAA),
             _mm256_blend_epi16(difference, _mm256_slli_epi32(difference, 16), 0xAA),
-            _mm256_and_si256(levels.q3, low), levels.step};
+            _mm256_and_si256(q3, low), levels.step};
   }
 
   // The dot products of a chunk from the 16-bit sums over the bits of its planes.
@@ -63,11 +68,11 @@ struct Avx2 {
 
   template <bool is_pair, std::size_t tokens>
   static void Dot(const uint8_t* codes, const Codebook& codebook, const int8_t* const (&q)[tokens],
-                  const int32_t (&q_sums)[tokens], __m256i (&dots)[tokens]) {
+                  const int32_t (&q_sums)[tokens], Ints (&dots)[tokens]) {
     if constexpr (tokens == 1 && is_pair) {
-      dots[0] = DotPairOfOne(codes, codebook, q[0], q_sums[0]);
+      dots[0] = (Ints)DotPairOfOne(codes, codebook, q[0], q_sums[0]);
     } else if constexpr (tokens == 1) {
-      dots[0] = DotSingleOfOne(codes, codebook, q[0], q_sums[0]);
+      dots[0] = (Ints)DotSingleOfOne(codes, codebook, q[0], q_sums[0]);
     } else {
       __m256i bits[tokens][2];
 #pragma GCC unroll 4
@@ -93,7 +98,7 @@ struct Avx2 {
       }
 #pragma GCC unroll 4
       for (std::size_t t = 0; t < tokens; ++t) {
-        dots[t] = Combine<is_pair>(codebook, bits[t][0], bits[t][1], q_sums[t]);
+        dots[t] = (Ints)Combine<is_pair>(codebook, bits[t][0], bits[t][1], q_sums[t]);
       }
     }
   }
@@ -201,7 +206,8 @@ struct Avx2 {
       for (std::size_t t = 0; t < tokens; ++t) {
         const __m256i dots = Combine<is_pair>(codebooks[half], is_pair ? sums[t][0] : sums[t][half],
                                               sums[t][1], tile.rows[t].sum[chunk]);
-        AddDots(dots, tile.rows[t].scale[chunk], tile.partial + t * kPanelRows + half * kHalfRows);
+        AddDots<Vectors>((Ints)dots, tile.rows[t].scale[chunk],
+                         tile.partial + t * kPanelRows + half * kHalfRows);
       }
     }
   }

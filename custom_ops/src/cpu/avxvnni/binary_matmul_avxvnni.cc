@@ -7,7 +7,7 @@
 #error "compile this file with the flags that CMakeLists.txt gives to the avxvnni kernels"
 #endif
 
-#include "avx2/multiply_int8.h"
+#include "avx2/int8_bytes.h"
 
 namespace bivlm {
 namespace {
@@ -23,7 +23,10 @@ __m256i Index(__m256i bits, int8_t mask, __m256i rows) {
   return _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi8(mask)), rows);
 }
 
-struct AvxVnni {
+struct AvxVnni : Vectors {
+  static constexpr std::size_t kDecodeTokens = 4;
+  static constexpr std::size_t kTileTokens = 6;  // 12 accumulators
+
   // vpshufb looks up among the 16 bytes of 4 rows. Codes at bits 0 and 1 of a byte leave bits 2 and
   // 3 to the row; codes at bits 2 and 3 are looked up in the other table and need no shift.
   struct Codebook {
@@ -36,14 +39,16 @@ struct AvxVnni {
                                std::size_t half) {
     if (!stream.is_pair) {
       return {_mm256_setzero_si256(), _mm256_setzero_si256(),
-              Coefficients(coefficients, stream.coefficient_slot, half)};
+              Coefficients<Vectors>(coefficients, stream.coefficient_slot, half)};
     }
-    const PairLevels levels = MakePairLevels(stream, coefficients, half);
+    const PairLevels<Vectors> levels(stream, coefficients, half);
+    const __m256i q1 = (__m256i)levels.q1;
+    const __m256i q3 = (__m256i)levels.q3;
     const __m256i bias = _mm256_set1_epi32(128);
-    const __m256i u0 = _mm256_sub_epi32(bias, levels.q3);
-    const __m256i u1 = _mm256_slli_epi32(_mm256_add_epi32(bias, levels.q1), 8);
-    const __m256i u2 = _mm256_slli_epi32(_mm256_sub_epi32(bias, levels.q1), 16);
-    const __m256i u3 = _mm256_slli_epi32(_mm256_add_epi32(bias, levels.q3), 24);
+    const __m256i u0 = _mm256_sub_epi32(bias, q3);
+    const __m256i u1 = _mm256_slli_epi32(_mm256_add_epi32(bias, q1), 8);
+    const __m256i u2 = _mm256_slli_epi32(_mm256_sub_epi32(bias, q1), 16);
+    const __m256i u3 = _mm256_slli_epi32(_mm256_add_epi32(bias, q3), 24);
     const __m256i by_row = _mm256_or_si256(_mm256_or_si256(u0, u1), _mm256_or_si256(u2, u3));
     const __m256i transpose = _mm256_setr_epi32(0x0C080400, 0x0D090501, 0x0E0A0602, 0x0F0B0703,
                                                 0x0C080400, 0x0D090501, 0x0E0A0602, 0x0F0B0703);
@@ -79,17 +84,17 @@ struct AvxVnni {
 
   template <bool is_pair, std::size_t tokens>
   static void Dot(const uint8_t* codes, const Codebook& codebook, const int8_t* const (&q)[tokens],
-                  const int32_t (&q_sums)[tokens], __m256i (&dots)[tokens]) {
+                  const int32_t (&q_sums)[tokens], Ints (&dots)[tokens]) {
     if constexpr (tokens == 1 && !is_pair) {
-      dots[0] = DotSingleOfOne(codes, q[0], q_sums[0]);
+      dots[0] = (Ints)DotSingleOfOne(codes, q[0], q_sums[0]);
     } else {
       // With few tokens, several accumulators per token hide the latency of vpdpbusd.
-      constexpr std::size_t kParts = tokens <= 2 ? 2 : 1;
-      __m256i parts[tokens][kParts];
+      constexpr std::size_t kSums = tokens <= 2 ? 2 : 1;
+      __m256i parts[tokens][kSums];
 #pragma GCC unroll 4
       for (std::size_t t = 0; t < tokens; ++t) {
         parts[t][0] = Start<is_pair>(q_sums[t]);
-        if constexpr (kParts == 2) parts[t][1] = _mm256_setzero_si256();
+        if constexpr (kSums == 2) parts[t][1] = _mm256_setzero_si256();
       }
 #pragma GCC unroll 4
       for (std::size_t vector = 0; vector < 16 / kSteps<is_pair>; ++vector) {
@@ -100,15 +105,16 @@ struct AvxVnni {
           const __m256i levels = Levels<is_pair>(codebook, low, high, i);
 #pragma GCC unroll 4
           for (std::size_t t = 0; t < tokens; ++t) {
-            parts[t][i % kParts] =
-                AddProducts(parts[t][i % kParts], levels,
+            parts[t][i % kSums] =
+                AddProducts(parts[t][i % kSums], levels,
                             BroadcastFour(q[t] + 4 * (kSteps<is_pair> * vector + i)));
           }
         }
       }
 #pragma GCC unroll 4
       for (std::size_t t = 0; t < tokens; ++t) {
-        dots[t] = kParts == 2 ? _mm256_add_epi32(parts[t][0], parts[t][kParts - 1]) : parts[t][0];
+        dots[t] =
+            (Ints)(kSums == 2 ? _mm256_add_epi32(parts[t][0], parts[t][kSums - 1]) : parts[t][0]);
       }
     }
   }
@@ -181,8 +187,8 @@ struct AvxVnni {
 #pragma GCC unroll 6
     for (std::size_t t = 0; t < tokens; ++t) {
       const float scale = tile.rows[t].scale[chunk];
-      AddDots(dots[t][0], scale, tile.partial + t * kPanelRows);
-      AddDots(dots[t][1], scale, tile.partial + t * kPanelRows + kHalfRows);
+      AddDots<Vectors>((Ints)dots[t][0], scale, tile.partial + t * kPanelRows);
+      AddDots<Vectors>((Ints)dots[t][1], scale, tile.partial + t * kPanelRows + kHalfRows);
     }
   }
 };

@@ -33,7 +33,7 @@ double Hamming(double x) {
   if (x == 0.0) return 1.0;
   if (x >= 1.0) return 0.0;
   x *= kPi;
-  return std::sin(x) / x * (0.54 + 0.46 * std::cos(x));
+  return std::sin(x) / x * (0.54F + 0.46F * std::cos(x));  // Pillow's are floats, too
 }
 
 struct FilterFunction {
@@ -100,6 +100,35 @@ uint8_t Sum(const Weights& weights, const uint8_t* first, std::size_t stride) {
   return static_cast<uint8_t>(std::clamp(sum >> kFractionBits, 0, 255));
 }
 
+Picture WithWidth(const Picture& picture, int width, Filter filter) {
+  if (width == picture.width) return picture;
+  Picture result(width, picture.height);
+  const std::vector<Weights> columns = WeightsOf(picture.width, width, filter);
+  for (int y = 0; y < picture.height; ++y) {
+    for (int x = 0; x < width; ++x) {
+      const Weights& weights = columns[static_cast<std::size_t>(x)];
+      for (std::size_t c = 0; c < 3; ++c) {
+        result.at(x, y)[c] = Sum(weights, picture.at(weights.first, y) + c, 3);
+      }
+    }
+  }
+  return result;
+}
+
+Picture WithHeight(const Picture& picture, int height, Filter filter) {
+  if (height == picture.height) return picture;
+  Picture result(picture.width, height);
+  const std::vector<Weights> rows = WeightsOf(picture.height, height, filter);
+  const std::size_t stride = std::size_t{3} * static_cast<std::size_t>(picture.width);
+  for (int y = 0; y < height; ++y) {
+    const Weights& weights = rows[static_cast<std::size_t>(y)];
+    const uint8_t* const first = picture.at(0, weights.first);
+    uint8_t* const target = result.at(0, y);
+    for (std::size_t i = 0; i < stride; ++i) target[i] = Sum(weights, first + i, stride);
+  }
+  return result;
+}
+
 }  // namespace
 
 Filter FilterFromNumber(int number) {
@@ -112,32 +141,10 @@ Filter FilterFromNumber(int number) {
 }
 
 Picture Resized(const Picture& picture, int width, int height, Filter filter) {
-  const Picture* source = &picture;
-  Picture wide;
-  if (width != picture.width) {
-    wide = Picture(width, picture.height);
-    const std::vector<Weights> columns = WeightsOf(picture.width, width, filter);
-    for (int y = 0; y < picture.height; ++y) {
-      for (int x = 0; x < width; ++x) {
-        const Weights& weights = columns[static_cast<std::size_t>(x)];
-        for (std::size_t c = 0; c < 3; ++c) {
-          wide.at(x, y)[c] = Sum(weights, picture.at(weights.first, y) + c, 3);
-        }
-      }
-    }
-    source = &wide;
-  }
-  if (height == picture.height) return *source;
-  Picture result(width, height);
-  const std::vector<Weights> rows = WeightsOf(picture.height, height, filter);
-  const std::size_t stride = std::size_t{3} * static_cast<std::size_t>(width);
-  for (int y = 0; y < height; ++y) {
-    const Weights& weights = rows[static_cast<std::size_t>(y)];
-    const uint8_t* const first = source->at(0, weights.first);
-    uint8_t* const target = result.at(0, y);
-    for (std::size_t i = 0; i < stride; ++i) target[i] = Sum(weights, first + i, stride);
-  }
-  return result;
+  const bool rows_first =
+      height < picture.height && picture.height - height > 2 * (picture.width - width);
+  if (rows_first) return WithWidth(WithHeight(picture, height, filter), width, filter);
+  return WithHeight(WithWidth(picture, width, filter), height, filter);
 }
 
 }  // namespace bivlm::device

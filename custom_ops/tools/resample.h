@@ -13,8 +13,10 @@ enum class Filter : int { kLanczos = 1, kBilinear = 2, kBicubic = 3, kBox = 4, k
 Filter FilterFromNumber(int number);
 
 // `picture` in another size: coefficients in float64 from the filter widened by the scale, rounded
-// to 22 fractional bits; columns first, then rows, each rounded to 8 bits.
-// Source: Pillow, src/libImaging/Resample.c.
+// to 22 fractional bits; width first, then height, each rounded to 8 bits. The height comes first
+// if it shrinks by more than twice as many pixels as the width, as in Pillow 13 (its pull request
+// 9549); with older ones such pictures can differ by one step. Source: Pillow,
+// src/libImaging/Resample.c.
 Picture Resized(const Picture& picture, int width, int height, Filter filter);
 
 }  // namespace bivlm::device

@@ -437,6 +437,7 @@ KvCache::Step KvCache::Run(const std::vector<int64_t>& token_ids, const PixelBat
   }
   Reserve(tokens_ + count);
   const bool is_single = count == 1 && pixels.images == 0;
+  if (is_single) last_.reset();  // the pixels of a prefill are not needed any more
   std::unique_ptr<BoundRun>& run = is_single ? single_ : last_;
   if (!is_single || run == nullptr) {
     run = std::make_unique<BoundRun>(*this, token_ids.size(), pixels, !is_single);

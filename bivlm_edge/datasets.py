@@ -1,4 +1,4 @@
-"""Question-answering data on images: easy-VQA read out of its wheel, and users' own JSON lines.
+"""Question-answering data on images: easy-VQA, drawn scenes, and users' own JSON lines.
 
 Imports neither torch nor transformers: the same loaders run on a device.
 """
@@ -9,12 +9,14 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
+from bivlm_edge import scenes
 from bivlm_edge.errors import DataError
 from bivlm_edge.package_files import PackageFile, archive, fetched, read_member
 from bivlm_edge.pictures import open_picture
@@ -29,11 +31,12 @@ EASY_VQA = PackageFile(
 )
 _WHEEL_DATA = "easy_vqa/data"
 
-Split = Literal["train", "test"]
+EASY_VQA_SPLITS = ("train", "test")
+CALIBRATION_SPLIT = "train"
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
-OPEN_ENDED_KINDS = frozenset({"color", "shape"})
+OPEN_ENDED_KINDS = frozenset({"color", "shape", "count", "mark", "nearest", "largest"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +66,41 @@ class ImageSource:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawnScene:
+    """A picture of `scenes`, drawn when it is opened.
+
+    Attributes:
+        split: Name of the split.
+        index: Number of the picture in the split.
+    """
+
+    split: str
+    index: int
+
+    def open(self) -> Image.Image:
+        """Return the picture in RGB, 128 pixels square."""
+        return Image.fromarray(scenes.draw(scenes.describe(self.split, self.index)))
+
+    def __str__(self) -> str:
+        return f"scenes/{self.split}/{self.index}"
+
+
+PictureSource = ImageSource | DrawnScene
+
+
+@dataclass(frozen=True, slots=True)
 class VqaItem:
     """One question on one image, with its answer.
 
     Attributes:
-        image: The image's bytes; several items share one source.
+        image: Where the image comes from; several items share one source.
         question: As a user would type it.
         answer: The expected answer.
-        kind: "yes_no", "color", "shape" or "other". Color and shape are the open-ended ones.
+        kind: "yes_no", "color", "shape" or "other"; of scenes, one of `scenes.KINDS`. The
+            open-ended ones are in OPEN_ENDED_KINDS.
     """
 
-    image: ImageSource
+    image: PictureSource
     question: str
     answer: str
     kind: str
@@ -93,7 +120,7 @@ def question_kind(answer: str) -> str:
     return "shape" if answer in SHAPES else "other"
 
 
-def load_easy_vqa(split: Split) -> list[VqaItem]:
+def load_easy_vqa(split: str) -> list[VqaItem]:
     """The questions of one split of easy-VQA, in the order of its questions.json.
 
     Read from where BIVLM_EASY_VQA points (an unzipped `easy_vqa/data` folder or the wheel), else
@@ -103,7 +130,7 @@ def load_easy_vqa(split: Split) -> list[VqaItem]:
     Raises:
         DataError: the split is unknown, or the data are missing, damaged or cannot be fetched.
     """
-    if split not in ("train", "test"):
+    if split not in EASY_VQA_SPLITS:
         raise DataError(f"easy-VQA has no split '{split}'. Use 'train' or 'test'.")
     location = _locate_easy_vqa()
     if location.is_dir():
@@ -137,6 +164,61 @@ def load_easy_vqa(split: Split) -> list[VqaItem]:
             f"Get {EASY_VQA.requirement} anew."
         ) from error
     return items
+
+
+def load_scenes(split: str) -> list[VqaItem]:
+    """The questions of one split of `scenes`: up to ten kinds on each of its pictures.
+
+    The train split is drawn from without end in training; here are its first pictures.
+
+    Raises:
+        DataError: the split is unknown.
+    """
+    if split not in scenes.PICTURES:
+        raise DataError(
+            f"scenes has no split '{split}'. Use {' or '.join(map(repr, scenes.PICTURES))}."
+        )
+    return [
+        VqaItem(DrawnScene(split, index), question, answer, kind)
+        for index in range(scenes.PICTURES[split])
+        for kind, question, answer in scenes.questions(scenes.describe(split, index))
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """A data set that has a name.
+
+    Attributes:
+        splits: Names of its splits; CALIBRATION_SPLIT and "test" are among them.
+        load: The questions of a split.
+    """
+
+    splits: tuple[str, ...]
+    load: Callable[[str], list[VqaItem]]
+
+
+EASY_VQA_NAME = "easy-vqa"
+DATA_SETS = {
+    EASY_VQA_NAME: DataSet(EASY_VQA_SPLITS, load_easy_vqa),
+    "scenes": DataSet(tuple(scenes.PICTURES), load_scenes),
+}
+TRAINING_DATA = "training_data"  # key of config.json under which a checkpoint names one of them
+
+
+def calibrating_data(data: str) -> str:
+    """The name of the data set whose train split calibrates for questions of `data`."""
+    return data if data in DATA_SETS else EASY_VQA_NAME
+
+
+def load_questions(data: str, split: str = "test") -> list[VqaItem]:
+    """The questions of a split of a data set of DATA_SETS, or of a JSON lines file.
+
+    Raises:
+        DataError: as the loaders do.
+    """
+    known = DATA_SETS.get(data)
+    return load_jsonl(data) if known is None else known.load(split)
 
 
 def load_jsonl(path: Path | str) -> list[VqaItem]:

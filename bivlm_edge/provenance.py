@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,17 +28,35 @@ RESULT_CODE = (
     "runtime/evaluate.py",
     "runtime/preprocess.py",
     "runtime/prompt.py",
+    "scenes.py",
     "texts.py",
     "tuning",
+)
+# What decides the answers of an exported model in `bivlm-redundancy`.
+ANSWER_CODE = (
+    "datasets.py",
+    "pictures.py",
+    "positions.py",
+    "redundancy/answering.py",
+    "redundancy/plan.py",
+    "redundancy/questions.py",
+    "redundancy/selectors.py",
+    "runtime/generate.py",
+    "runtime/kv_cache.py",
+    "runtime/preprocess.py",
+    "runtime/prompt.py",
+    "runtime/sampling.py",
+    "runtime/session.py",
+    "scenes.py",
 )
 _LIBRARIES = ("torch", "transformers", "numpy", "scipy", "accelerate", "gguf")
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def result_files() -> Iterator[Path]:
-    """The sources of RESULT_CODE, relative to the package, in a fixed order."""
+def result_files(names: Sequence[str] = RESULT_CODE) -> Iterator[Path]:
+    """The sources under `names`, relative to the package, in a fixed order."""
     package = Path(__file__).parent
-    for name in RESULT_CODE:
+    for name in names:
         path = package / name
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         for file in files:
@@ -46,11 +64,11 @@ def result_files() -> Iterator[Path]:
 
 
 @cache
-def code_version() -> str:
+def code_version(names: tuple[str, ...] = RESULT_CODE) -> str:
     """Tell whether the code that decides results is the same: SHA-256 of its files, 12 digits."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for file in result_files():
+    for file in result_files(names):
         digest.update(file.as_posix().encode() + b"\0" + (package / file).read_bytes())
     return digest.hexdigest()[:12]
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bivlm_edge.datasets import ImageSource, VqaItem
+from bivlm_edge.datasets import PictureSource, VqaItem
 from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime.answer import Answerer
 from bivlm_edge.runtime.preprocess import Picture
@@ -71,7 +71,7 @@ class Scores:
         hits: dict[str, list[bool]] = defaultdict(list)
         open_ended: list[bool] = []
         for item, text in answered:
-            is_hit = _normalized(text) == _normalized(item.answer)
+            is_hit = normalized(text) == normalized(item.answer)
             hits[item.kind].append(is_hit)
             if item.is_open_ended:
                 open_ended.append(is_hit)
@@ -120,7 +120,7 @@ def evaluate(
     """
     if not items:
         raise RequestError("there are no questions to ask. Give --limit 1 or more.")
-    by_image: dict[ImageSource, list[VqaItem]] = defaultdict(list)
+    by_image: dict[PictureSource, list[VqaItem]] = defaultdict(list)
     for item in items:
         by_image[item.image].append(item)
     answered: list[tuple[VqaItem, str]] = []
@@ -156,5 +156,6 @@ def _answer(
     return text, generation.kept_tokens, generation.prompt_tokens
 
 
-def _normalized(answer: str) -> str:
+def normalized(answer: str) -> str:
+    """Return the form in which answers are compared."""
     return answer.strip().lower()

@@ -86,6 +86,7 @@ class Generation(Iterator[int]):
     Attributes:
         prompt_tokens: Tokens of the prompt, image placeholders included.
         kept_tokens: Those that pruning left in the KV cache; 0 before the first token.
+        kept_indices: int64 `[kept_tokens]`: which of the prompt these are; empty before.
         new_tokens: Tokens yielded so far.
         stop_reason: Why it ended: "end" (an end token), "length" (max_new_tokens), "context" (no
             position left); None while it has not.
@@ -137,6 +138,7 @@ class Generation(Iterator[int]):
             )
         self.prompt_tokens = len(prompt_ids)
         self.kept_tokens = 0
+        self.kept_indices: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.new_tokens = 0
         self.stop_reason: StopReason | None = None
         self._session = session
@@ -173,5 +175,6 @@ class Generation(Iterator[int]):
             return run_step(self._session, last, self._cache)
         step = run_step(self._session, self._prompt, self._cache, self._pixels)
         self.kept_tokens = self._cache.tokens
+        self.kept_indices = step.kept
         self._prompt = self._pixels = None
         return step

@@ -19,8 +19,8 @@ CACHE_LINE = 64  # bytes
 class KvCache:
     """Keys and values of one conversation; a run appends the tokens that it is given.
 
-    Past and present of a run are the same memory, so that no step copies the cache. What a run
-    writes cannot be taken back: continue a `copy` to continue twice.
+    Past and present of a run are the same memory, so that no step copies the cache. To continue
+    twice, `rewind` after the first time, or continue a `copy`.
 
     Attributes:
         session: The model that it belongs to.
@@ -84,6 +84,21 @@ class KvCache:
             theirs[:, :, : self.tokens] = mine[:, :, : self.tokens]
         other.tokens, other.position = self.tokens, self.position
         return other
+
+    def rewind(self, tokens: int, position: int) -> None:
+        """Forget what came behind the first `tokens`; the next one has `position`.
+
+        Cheaper than a `copy` where the first continuation is done with.
+
+        Raises:
+            ValueError: The cache never got as far.
+        """
+        if not (0 <= tokens <= self.tokens and 0 <= position <= self.position):
+            raise ValueError(
+                f"cannot rewind {self.tokens} tokens, position {self.position}, to {tokens} "
+                f"tokens, position {position}"
+            )
+        self.tokens, self.position = tokens, position
 
     def advance(self, kept: int, position: int) -> None:
         """Count the `kept` tokens that a run has written, and move on to `position`."""

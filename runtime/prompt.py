@@ -20,6 +20,7 @@ from bivlm_edge.bundle import CHAT_TEMPLATE, TOKENIZER, BundlePaths, Manifest
 from bivlm_edge.errors import BundleError, RequestError
 from bivlm_edge.runtime.preprocess import Picture
 
+_STAND_IN = "\ue000"  # for private use: no template holds it
 _UNFINISHED = "�"
 
 
@@ -65,6 +66,40 @@ class PromptBuilder:
             RequestError: The question is empty or holds the image placeholder.
             BundleError: The chat template fails or drops the image.
         """
+        return self._tokens(self._text(question, picture))[0]
+
+    def encode_marked(
+        self, question: str, picture: Picture | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the token ids of one user message, and which of them are the question's.
+
+        Args:
+            question: The text.
+            picture: As for `encode`.
+
+        Returns:
+            int64 `[tokens]` and bool `[tokens]`: False for the chat template and the picture.
+
+        Raises:
+            RequestError: As for `encode`.
+            BundleError: As for `encode`, or the template does more than to put the question in.
+        """
+        text = self._text(question, picture)
+        before, *others = self._text(_STAND_IN, picture).split(_STAND_IN)
+        after = others[0] if len(others) == 1 else None
+        if after is None or not (text.startswith(before) and text.endswith(after)):
+            raise BundleError(
+                f"the chat template of '{self._manifest.name}' does more with the question "
+                f"{question!r} than to put it in once, so that its tokens cannot be told from the "
+                "template's. Correct the template in the assets folder, or export the model again."
+            )
+        ids, offsets = self._tokens(text)
+        start, end = len(before), len(text) - len(after)
+        marked = [first < end and start < behind for first, behind in offsets]
+        return ids, np.array(marked, dtype=np.bool_)
+
+    def _text(self, question: str, picture: Picture | None) -> str:
+        """The message in the template, the picture's placeholders repeated."""
         if not question.strip():
             raise RequestError("the prompt is empty. Give a question, e.g. 'what is this?'.")
         token = self._manifest.image_token
@@ -81,11 +116,17 @@ class PromptBuilder:
             )
         if picture is not None:
             text = text.replace(token, self._expand(picture))
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return text
+
+    def _tokens(self, text: str) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        """Token ids, and the characters that each stands for (none for a beginning mark)."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        ids, offsets = list(encoded.ids), list(encoded.offsets)
         bos = self._manifest.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)
-        return np.array(ids, dtype=np.int64)
+            offsets.insert(0, (0, 0))
+        return np.array(ids, dtype=np.int64), offsets
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of an answer, special tokens left out."""

@@ -21,6 +21,7 @@ OPS_DOMAIN = "ai.bivlm"
 KERNEL_VARIABLE = "BIVLM_FORCE_KERNEL"
 HUGE_PAGES_VARIABLE = "BIVLM_HUGE_PAGES"
 _FIRST_WITH_OVERLOADS = (1, 27)  # of ONNX Runtime
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _LOG_FATAL = 4  # errors come as exceptions too; once is enough
 
 # All that InferenceSession and register_custom_ops_library raise; they share no base but Exception.
@@ -112,6 +113,7 @@ def load(
     threads: int | None = None,
     arena: bool = True,
     profile_prefix: Path | None = None,
+    graph: bytes | None = None,
 ) -> VlmSession:
     """Open an exported model on the CPU.
 
@@ -127,6 +129,8 @@ def load(
             after a long prompt, but a long KV cache is allocated anew for every token.
         profile_prefix: Record the time of every node; `ort.end_profiling()` then writes them to
             a file whose name starts so, and returns the name.
+        graph: A changed copy of the model's graph to run in its place, serialized; its external
+            data are looked up, and mapped, beside the `model.onnx`.
 
     Raises:
         BundleError: A file is missing, damaged, of another export, or the graph does not load.
@@ -158,7 +162,9 @@ def load(
     library = custom_ops_library() if custom_ops and manifest.uses_custom_ops else None
     if library is not None:
         register_library(options, library)
-    session = _create(paths, options, library)
+    if graph is not None:
+        options.add_session_config_entry(_DATA_FOLDER, str(paths.graph.absolute().parent))
+    session = _create(paths, options, library, graph)
     past_names = tuple(
         f"past_key_values.{layer}.{part}"
         for layer in range(manifest.layers)
@@ -213,11 +219,12 @@ def register_library(options: ort.SessionOptions, library: str) -> None:
 
 
 def _create(
-    paths: BundlePaths, options: ort.SessionOptions, library: str | None
+    paths: BundlePaths, options: ort.SessionOptions, library: str | None, graph: bytes | None
 ) -> ort.InferenceSession:
+    source = str(paths.graph) if graph is None else graph
     try:
         return ort.InferenceSession(
-            str(paths.graph), sess_options=options, providers=["CPUExecutionProvider"]
+            source, sess_options=options, providers=["CPUExecutionProvider"]
         )
     except OrtError as error:
         raise _load_error(paths.graph, error, library) from error

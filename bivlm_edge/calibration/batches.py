@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from bivlm_edge.calibration.capture import IGNORED, LABELS
-from bivlm_edge.datasets import ImageSource, VqaItem, load_jsonl
+from bivlm_edge.datasets import (
+    CALIBRATION_SPLIT,
+    DATA_SETS,
+    EASY_VQA_NAME,
+    ImageSource,
+    VqaItem,
+    load_jsonl,
+)
 from bivlm_edge.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -65,6 +72,13 @@ def make_batches(
     ]
     random.Random(seed).shuffle(stacked)  # lengths mixed, so that held-out batches are typical
     return stacked
+
+
+def calibration_items(source: Path | str | None) -> list[VqaItem]:
+    """The train split of a data set of DATA_SETS, by default easy-VQA, or `items_from_folder`."""
+    source = EASY_VQA_NAME if source is None else source
+    known = DATA_SETS.get(str(source))
+    return items_from_folder(source) if known is None else known.load(CALIBRATION_SPLIT)
 
 
 def items_from_folder(folder: Path | str) -> list[VqaItem]:

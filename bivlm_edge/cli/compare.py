@@ -19,14 +19,15 @@ from bivlm_edge.cli.common import (
     unwind_on_sigterm,
 )
 from bivlm_edge.compare import plot, tables
-from bivlm_edge.compare.rows import read_rows, rows_text, write_text
+from bivlm_edge.compare.rows import read_rows, rows_text
 from bivlm_edge.compare.runner import Failure, Setting, run_all
 from bivlm_edge.compare.specification import FLOAT, Run, plan
 from bivlm_edge.config import METHODS
+from bivlm_edge.datasets import DATA_SETS, EASY_VQA_NAME, calibrating_data
 from bivlm_edge.errors import DataError, OutputError, RequestError
+from bivlm_edge.files import write_text
 from bivlm_edge.texts import BOOKS, CALIBRATION_TEXTS, TEST_TEXT, VALIDATION_TEXT
 
-EASY_VQA = "easy-vqa"
 SMOLLM2 = "smollm2-135m"
 REFERENCE_NAME = "reference model"
 QUESTION_SAMPLES, TEXT_SAMPLES = 512, 64
@@ -53,10 +54,12 @@ def compare(
         str | None,
         typer.Option(
             "--data",
-            help="Questions: easy-vqa or a .jsonl file of image, question, answer. Texts: "
+            help=f"Questions: {', '.join(DATA_SETS)} or a .jsonl file of image, question, answer. "
+            "Texts: "
             f"{', '.join(BOOKS)}, a text file or a folder of .txt files. {VALIDATION_TEXT} is for "
             "tuning.",
-            show_default=f"easy-vqa for vision-language models, {TEST_TEXT} for language models",
+            show_default=f"{EASY_VQA_NAME} for vision-language models, {TEST_TEXT} for language "
+            "models",
         ),
     ] = None,
     method: Annotated[
@@ -91,7 +94,8 @@ def compare(
         typer.Option(
             "--calibration",
             help="Pictures (as bivlm-export takes them), or a text file or folder of .txt files.",
-            show_default="easy-VQA training pictures, or a novel, a textbook and conversations",
+            show_default="training pictures of --data, else of easy-vqa; or a novel, a textbook "
+            "and conversations",
         ),
     ] = None,
     calibration_samples: Annotated[
@@ -223,20 +227,20 @@ def _setting(
     reads_text: bool,
 ) -> Setting:
     """Check data and calibration against the kind of model, before anything runs."""
-    chosen = data or (TEST_TEXT if reads_text else EASY_VQA)
-    is_questions = chosen == EASY_VQA or chosen.endswith(".jsonl")
+    chosen = data or (TEST_TEXT if reads_text else EASY_VQA_NAME)
+    is_questions = chosen in DATA_SETS or chosen.endswith(".jsonl")
     if is_questions == reads_text:
         kind, wants = (
             ("a language model", f"a text: {', '.join(BOOKS)} or a file of yours")
             if reads_text
-            else ("a vision-language model", "questions: easy-vqa or a .jsonl file")
+            else ("a vision-language model", f"questions: {', '.join(DATA_SETS)} or a .jsonl file")
         )
         raise RequestError(f"--data {chosen} does not go with {kind}, which needs {wants}.")
-    if chosen != EASY_VQA and chosen not in BOOKS and not Path(chosen).exists():
-        raise DataError(
-            f"--data {chosen} does not exist. Give easy-vqa, {', '.join(BOOKS)}, or a file."
-        )
-    if calibration is not None and not calibration.exists():
+    if chosen not in {*DATA_SETS, *BOOKS} and not Path(chosen).exists():
+        names = ", ".join([*DATA_SETS, *BOOKS])
+        raise DataError(f"--data {chosen} does not exist. Give {names}, or a file.")
+    is_named = not reads_text and str(calibration) in DATA_SETS
+    if calibration is not None and not is_named and not calibration.exists():
         raise DataError(f"--calibration {calibration} does not exist. Give a file or folder.")
     if (reads_text and calibration is None and chosen in CALIBRATION_TEXTS) or (
         calibration is not None
@@ -252,13 +256,15 @@ def _setting(
     elif reads_text:
         name = f"{', '.join(CALIBRATION_TEXTS)} and conversations"
     else:
-        name = "easy-VQA training pictures"
+        name = f"{calibrating_data(chosen)} training pictures"
     source = model
     if source is None:
         from bivlm_edge.reference import checkpoint_path
 
         source = str(checkpoint_path())
-    own = None if calibration is None else str(calibration.resolve())
+    own = None
+    if calibration is not None:
+        own = str(calibration if is_named else calibration.resolve())
     return Setting(source, chosen, limit, own, name, threads)
 
 

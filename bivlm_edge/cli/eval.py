@@ -20,13 +20,14 @@ from bivlm_edge.cli.common import (
     show,
     show_json,
 )
-from bivlm_edge.datasets import Split, VqaItem, load_easy_vqa, load_jsonl
+from bivlm_edge.datasets import DATA_SETS, VqaItem, load_questions
 from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime import Answerer, load
 from bivlm_edge.runtime.evaluate import Evaluation, Score, evaluate
 
-EASY_VQA = "easy-vqa"
-SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
+DATA_HELP = f"{', '.join(DATA_SETS)}, or a file of JSON lines with image, question and answer."
+_SPLITS = "; ".join(f"{name} has {', '.join(data.splits)}" for name, data in DATA_SETS.items())
+SPLIT_HELP = f"Split of a named data set: {_SPLITS}."
 
 app = new_app()
 
@@ -37,14 +38,9 @@ def run(
     model: ModelArgument,
     data: Annotated[
         str,
-        typer.Option(
-            "--data",
-            help="easy-vqa, or a file of JSON lines with image, question and answer.",
-        ),
+        typer.Option("--data", help=DATA_HELP),
     ],
-    split: Annotated[
-        str, typer.Option("--split", help="Split of easy-vqa: train or test.")
-    ] = "test",
+    split: Annotated[str, typer.Option("--split", help=SPLIT_HELP)] = "test",
     limit: Annotated[
         int | None,
         typer.Option("--limit", help="Ask only the first questions.", show_default="all"),
@@ -66,19 +62,20 @@ def run(
 
     Examples:
       bivlm-eval model.onnx --data easy-vqa
+      bivlm-eval model.onnx --data scenes --split validation
       bivlm-eval model.onnx --data mine.jsonl --limit 100 --json
     """
     if limit is not None and limit < 1:
         raise RequestError(f"--limit {limit} leaves no question to ask. Give 1 or more.")
     session = load(model, custom_ops=not no_custom_ops, threads=threads)
     answerer = Answerer(session.keeping_fraction(keep_tokens))
-    items = _items(data, split)[:limit]
+    items = questions_of(data, split)[:limit]
     with progress("questions", len(items)) as on_progress:
         found = evaluate(answerer, items, max_new_tokens=max_new_tokens, on_progress=on_progress)
     result = {
         "model": model,
         "data": data,
-        "split": split if data == EASY_VQA else None,
+        "split": split if data in DATA_SETS else None,
         "custom_ops": answerer.session.library is not None,
         **_to_json(found),
     }
@@ -87,12 +84,17 @@ def run(
     show_json(result)
 
 
-def _items(data: str, split: str) -> list[VqaItem]:
-    if data != EASY_VQA:
-        return load_jsonl(data)
-    if split not in SPLITS:
-        raise RequestError(f"--split {split!r} is not known. Accepted: {', '.join(SPLITS)}.")
-    return load_easy_vqa(SPLITS[split])
+def questions_of(data: str, split: str) -> list[VqaItem]:
+    """Return the questions that `--data` and `--split` name.
+
+    Raises:
+        RequestError: The data set has no such split.
+        DataError: The data cannot be read.
+    """
+    if data in DATA_SETS and split not in DATA_SETS[data].splits:
+        accepted = ", ".join(DATA_SETS[data].splits)
+        raise RequestError(f"--split {split!r} is not known. Accepted: {accepted}.")
+    return load_questions(data, split)
 
 
 def _to_json(found: Evaluation) -> dict[str, Any]:

@@ -104,9 +104,9 @@ def export(
         Path | None,
         typer.Option(
             "--calibration",
-            help="Folder of pictures with prompts.txt (a question per line) or a .jsonl file of "
-            "image, question, answer.",
-            show_default="easy-VQA training pictures",
+            help="easy-vqa, scenes, a folder of pictures with prompts.txt (a question per line) or "
+            "a .jsonl file of image, question, answer.",
+            show_default="the data set that a reference model was trained on; of others easy-vqa",
         ),
     ] = None,
     calibration_samples: Annotated[
@@ -223,8 +223,7 @@ def export(
     )
     from transformers.utils import logging
 
-    from bivlm_edge.calibration.batches import items_from_folder
-    from bivlm_edge.datasets import load_easy_vqa
+    from bivlm_edge.calibration.batches import calibration_items
     from bivlm_edge.distributed import joined
     from bivlm_edge.export.exporter import check_target, export_model, take_part
     from bivlm_edge.models import load_checkpoint
@@ -236,15 +235,13 @@ def export(
     with joined() as team:
         if team.rank == 0:
             check_target(target, overwrite=overwrite)
-            if model is not None and calibration is None and _calibrates(method):
-                typer.echo(
-                    "bivlm-export: calibrating on the bundled easy-VQA pictures (64x64 shapes). "
-                    "Pictures like those the model will see serve it better: --calibration FOLDER.",
-                    err=True,
-                )
         with progress_by_name() if team.rank == 0 else nullcontext() as tell:
-            items = items_from_folder(calibration) if calibration else load_easy_vqa("train")
+            items = None if calibration is None else calibration_items(calibration)
             vlm = load_checkpoint(model or checkpoint_path(), stream=stream)
+            if items is None:
+                if team.rank == 0 and model is not None and vlm.training_data is None:
+                    _tell_calibration(method)
+                items = calibration_items(vlm.training_data)
             if team.rank:
                 take_part(vlm, items, config, work_folder)
                 return
@@ -261,6 +258,16 @@ def export(
         show_json(_summary(target, result.report))
         return
     show(*export_tables(target.name, result.report))
+
+
+def _tell_calibration(method: str) -> None:
+    """Say that pictures of one's own would calibrate better."""
+    if _calibrates(method):
+        typer.echo(
+            "bivlm-export: calibrating on the easy-VQA pictures (64x64 shapes). Pictures like "
+            "those the model will see serve it better: --calibration FOLDER.",
+            err=True,
+        )
 
 
 def _calibrates(method: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,7 +20,9 @@ from bivlm_edge.cli.common import (
     show_json,
 )
 from bivlm_edge.errors import RequestError
+from bivlm_edge.files import write_bytes
 from bivlm_edge.runtime import Answerer, load, top_p_sampler
+from bivlm_edge.runtime.token_picture import token_picture
 
 app = new_app()
 
@@ -48,6 +51,14 @@ def run(
         typer.Option("--seed", help="Of the draws.", show_default="a new one"),
     ] = None,
     keep_tokens: KeepTokensOption = None,
+    show_tokens: Annotated[
+        Path | None,
+        typer.Option(
+            "--show-tokens",
+            help="Write a PNG of the picture with the image tokens that reach the decoder.",
+            metavar="FILE.png",
+        ),
+    ] = None,
     no_custom_ops: NoCustomOpsOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -58,12 +69,15 @@ def run(
     Examples:
       bivlm-run model.onnx --image cat.png "what is this?"
       bivlm-run model.onnx "say hello" --max-new-tokens 20 --json
+      bivlm-run pruned.onnx --image cat.png "what is this?" --show-tokens tokens.png
     """
     if image is not None and len(image) > 1:
         raise RequestError(
             f"--image is given {len(image)} times; this command supports one picture per question. "
             "Ask about each picture in a run of its own."
         )
+    if show_tokens is not None:
+        _check_shown(show_tokens, has_image=bool(image))
     sampler = top_p_sampler(temperature, top_p, seed)
     session = load(model, custom_ops=not no_custom_ops, threads=threads)
     answerer = Answerer(session.keeping_fraction(keep_tokens))
@@ -77,6 +91,13 @@ def run(
             typer.echo(piece, nl=False)
     if not as_json:
         typer.echo()
+    if show_tokens is not None and picture is not None:
+        prompt_ids = answerer.prompts.encode(prompt, picture)
+        write_bytes(
+            show_tokens,
+            token_picture(session.manifest, picture, prompt_ids, generation.kept_indices),
+        )
+    if not as_json:
         return
     show_json(
         {
@@ -88,6 +109,15 @@ def run(
             "seconds": round(time.perf_counter() - start, 4),
         }
     )
+
+
+def _check_shown(path: Path, *, has_image: bool) -> None:
+    if not has_image:
+        raise RequestError(
+            "--show-tokens draws on the picture, and none is given. Add --image, or leave it out."
+        )
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"--show-tokens {path} is no PNG. Give a name that ends in .png.")
 
 
 def main() -> None:

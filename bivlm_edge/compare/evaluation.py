@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from bivlm_edge.datasets import ImageSource, VqaItem
+from bivlm_edge.datasets import PictureSource, VqaItem
 from bivlm_edge.errors import DataError, RequestError
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.language_model import LanguageModel
@@ -136,9 +136,9 @@ def _nats(logits: Tensor, expected: Tensor) -> float:
 
 def _by_picture(
     vlm: VisionLanguageModel, items: Sequence[VqaItem]
-) -> Iterator[dict[ImageSource, list[_Question]]]:
+) -> Iterator[dict[PictureSource, list[_Question]]]:
     """Tokenized questions by picture, a number of pictures at a time."""
-    by_picture: dict[ImageSource, list[tuple[int, VqaItem]]] = defaultdict(list)
+    by_picture: dict[PictureSource, list[tuple[int, VqaItem]]] = defaultdict(list)
     for number, item in enumerate(items):
         by_picture[item.image].append((number, item))
     pictures = iter(by_picture.items())
@@ -150,8 +150,8 @@ def _by_picture(
 
 
 def _features(
-    vlm: VisionLanguageModel, sources: Sequence[ImageSource]
-) -> Iterator[tuple[ImageSource, Tensor]]:
+    vlm: VisionLanguageModel, sources: Sequence[PictureSource]
+) -> Iterator[tuple[PictureSource, Tensor]]:
     """Image features (image_tokens, hidden) of each picture."""
     for start in range(0, len(sources), _PICTURES_IN_A_BATCH):
         batch = sources[start : start + _PICTURES_IN_A_BATCH]
@@ -186,7 +186,7 @@ def _batches(questions: Sequence[_Question]) -> Iterator[list[_Question]]:
 def _answer_batch(
     vlm: VisionLanguageModel,
     batch: Sequence[_Question],
-    features: dict[ImageSource, Tensor],
+    features: dict[PictureSource, Tensor],
     limit: int,
 ) -> tuple[list[list[int]], Likelihood]:
     """Greedy tokens of each question, the end token left out, and the expected ones' likelihood."""

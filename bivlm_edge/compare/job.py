@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from bivlm_edge.calibration.batches import items_from_folder, make_batches
+from bivlm_edge.calibration.batches import calibration_items, make_batches
 from bivlm_edge.calibration.text_batches import calibration_batches, evaluation_windows
 from bivlm_edge.compare import evaluation
 from bivlm_edge.config import QuantConfig
-from bivlm_edge.datasets import VqaItem, load_easy_vqa, load_jsonl
+from bivlm_edge.datasets import VqaItem, calibrating_data, load_questions
 from bivlm_edge.errors import BivlmError
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.language_model import LanguageModel, load_model
@@ -36,7 +36,6 @@ from bivlm_edge.runtime.evaluate import Score
 from bivlm_edge.runtime.process_memory import memory_bytes
 from bivlm_edge.tuning import check_tunable, drawn_batches, quantize_and_tune
 
-EASY_VQA = "easy-vqa"
 FLOAT_BITS = 32.0
 _MB = 1e6
 _PROGRESS_S = 0.2
@@ -50,7 +49,7 @@ class Job:
 
     Attributes:
         model: A folder, a hub id or "smollm2-135m".
-        data: "easy-vqa", a .jsonl file of questions, or a text (see `texts.load_text`).
+        data: A name of DATA_SETS, a .jsonl file of questions, or a text (see `texts.load_text`).
         limit: Questions or windows at most; None: all.
         calibration: Pictures or texts of one's own, or None.
         config: Fields of QuantConfig.
@@ -124,8 +123,7 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
 
 def questions(job: Job) -> list[VqaItem]:
     """The questions of a job."""
-    items = load_easy_vqa("test") if job.data == EASY_VQA else load_jsonl(job.data)
-    return items[: job.limit]
+    return load_questions(job.data)[: job.limit]
 
 
 def _calibration(
@@ -133,9 +131,8 @@ def _calibration(
 ) -> Sequence[dict[str, Tensor]]:
     if isinstance(model, LanguageModel):
         return calibration_batches(model, samples, seed, source=job.calibration)
-    own = job.calibration
-    items = load_easy_vqa("train") if own is None else items_from_folder(Path(own))
-    return make_batches(model.prepare, items, samples, seed)
+    source = job.calibration or calibrating_data(job.data)
+    return make_batches(model.prepare, calibration_items(source), samples, seed)
 
 
 def _bits(quantized: QuantizedModel) -> dict[str, float]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from bivlm_edge.datasets import load_jsonl
+from bivlm_edge.datasets import ImageSource, load_jsonl
 from bivlm_edge.errors import DataError, OutputError
+from bivlm_edge.files import write_text
 
 REQUIRED = frozenset(
     {
@@ -31,13 +31,18 @@ REQUIRED = frozenset(
 class RowFolder:
     """One JSON file per finished run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, required: Set[str] = REQUIRED) -> None:
         """Make the folder.
+
+        Args:
+            folder: Where the files lie.
+            required: What every row holds.
 
         Raises:
             OutputError: It cannot be made.
         """
         self._folder = folder
+        self._required = required
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -57,7 +62,7 @@ class RowFolder:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             row: dict[str, Any] = content["row"]
-            is_whole = content["identity"] == _plain(identity) and set(row) >= REQUIRED
+            is_whole = content["identity"] == _plain(identity) and set(row) >= self._required
         except (OSError, ValueError, KeyError, TypeError):
             is_whole = False
         if not is_whole:
@@ -113,28 +118,6 @@ def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: an interrupt leaves the old one or the new one.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    try:
-        descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(draft, 0o644)
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"cannot write '{path}': {error.strerror}. Free some space or choose another place."
-        ) from error
-
-
 def fingerprint(source: str) -> str:
     """Tell whether a model or data set is the same: SHA-256 of its files; else its name.
 
@@ -161,9 +144,9 @@ def fingerprint(source: str) -> str:
 def _files(path: Path) -> Iterator[Path]:
     own = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     yield from own
-    named = {
-        item.image.path for file in own if file.suffix == ".jsonl" for item in load_jsonl(file)
-    }
+    lists = [file for file in own if file.suffix == ".jsonl"]
+    images = (item.image for file in lists for item in load_jsonl(file))
+    named = {image.path for image in images if isinstance(image, ImageSource)}
     yield from sorted(named - set(own))
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from bivlm_edge.datasets import DATA_SETS, TRAINING_DATA
 from bivlm_edge.errors import CheckpointError, DataError, UnsupportedModelError
 from bivlm_edge.models import families
 from bivlm_edge.models.streaming import StreamedBlocks, load_weights
@@ -69,6 +70,12 @@ class VisionLanguageModel:
     def text_config(self) -> Any:
         """Configuration of the language model."""
         return self.module.config.text_config
+
+    @property
+    def training_data(self) -> str | None:
+        """Name of the data set that the configuration names, as our reference models' do."""
+        name = getattr(self.module.config, TRAINING_DATA, None)
+        return name if name in DATA_SETS else None
 
     @property
     def image_token_id(self) -> int:

@@ -1,8 +1,9 @@
-"""Configuration, tokenizer and processor of the reference model, before any training."""
+"""Configuration, tokenizer and processor of a reference model, before any training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +18,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-IMAGE_SIZE = 64
-PATCH_SIZE = 8
-IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 MAX_VOCABULARY = 512
 MAX_POSITIONS = 1024
-WIDTH_MULTIPLE = 64
-VISION_WIDTH = 192
+WIDTH_MULTIPLE = 64  # of every linear layer, and the width of a head
 
 PAD = "<pad>"
 END = "</s>"
@@ -46,6 +43,34 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {{- '<|assistant|>' if add_generation_prompt -}}
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """The sizes in which reference models differ; widths are multiples of 64.
+
+    Attributes:
+        image_size: Side of the picture in pixels.
+        patch_size: Side of a patch in pixels.
+        vision_width: Of the tower; its MLP is four times as wide.
+        vision_layers: Layers of the tower.
+        text_width: Of the decoder.
+        text_mlp_width: Of the decoder's MLP.
+        text_layers: Layers of the decoder.
+    """
+
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    text_width: int
+    text_mlp_width: int
+    text_layers: int
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that a picture becomes."""
+        return (self.image_size // self.patch_size) ** 2
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -81,16 +106,16 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The processor of the checkpoint: CLIP's image steps at 64 pixels, and the chat template."""
+def build_processor(tokenizer: PreTrainedTokenizerFast, design: Design) -> LlavaProcessor:
+    """The processor of the checkpoint: CLIP's image steps at its size, and the chat template."""
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        size={"shortest_edge": design.image_size},
+        crop_size={"height": design.image_size, "width": design.image_size},
     )
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
+        patch_size=design.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token=IMAGE,
@@ -98,25 +123,25 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast, design: Design) -> LlavaConfig:
     """The configuration of the model; every linear layer has widths that are multiples of 64."""
     vision = CLIPVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        projection_dim=VISION_WIDTH,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
+        hidden_size=design.vision_width,
+        intermediate_size=4 * design.vision_width,
+        num_hidden_layers=design.vision_layers,
+        num_attention_heads=design.vision_width // WIDTH_MULTIPLE,
+        projection_dim=design.vision_width,
+        image_size=design.image_size,
+        patch_size=design.patch_size,
     )
     text = LlamaConfig(
         vocab_size=_round_up(len(tokenizer), WIDTH_MULTIPLE),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=64,
+        hidden_size=design.text_width,
+        intermediate_size=design.text_mlp_width,
+        num_hidden_layers=design.text_layers,
+        num_attention_heads=design.text_width // WIDTH_MULTIPLE,
+        num_key_value_heads=design.text_width // WIDTH_MULTIPLE,
+        head_dim=WIDTH_MULTIPLE,
         max_position_embeddings=MAX_POSITIONS,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -133,7 +158,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.get_vocab()[IMAGE],
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=design.image_tokens,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
@@ -147,10 +172,12 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, design: Design, seed: int
+) -> LlavaForConditionalGeneration:
     """The model with weights drawn from `seed`, in float32."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_config(tokenizer))
+    model = LlavaForConditionalGeneration(build_config(tokenizer, design))
     model.generation_config.bos_token_id = None
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

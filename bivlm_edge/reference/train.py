@@ -1,11 +1,12 @@
-"""Trains the reference model on the train split of easy-VQA.
+"""Trains a reference model on the train split of easy-VQA or of scenes.
 
-    python -m bivlm_edge.reference.train --output work/reference [--resume] [--threads 2]
+    python -m bivlm_edge.reference.train --data scenes --output work/scenes [--resume] [--threads 2]
 
-Three stages: the vision tower under a throwaway classifier of color and shape; projector and
+Three stages: the vision tower under throwaway classifiers of what is in the picture; projector and
 decoder on the questions, the tower frozen; everything at a low rate under growing weight noise,
-which leaves a model that rounding its weights hurts less. `--output` receives the checkpoint after
-each stage and `state.pt` for --resume. The test split is read by --test alone, after training.
+which leaves a model that rounding its weights hurts less. No token is ever left out: the model
+learns nothing about pruning. `--output` receives the checkpoint after each stage and `state.pt` for
+--resume. The test split is read by --test alone, after training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,142 +30,100 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from bivlm_edge.datasets import COLORS, SHAPES, load_easy_vqa
-from bivlm_edge.reference.architecture import (
-    VISION_WIDTH,
-    build_model,
-    build_processor,
-    build_tokenizer,
-)
-from bivlm_edge.reference.data import (
-    UNKNOWN,
-    Packer,
-    Pixels,
-    Scene,
-    augment,
-    draw_scene,
-    group_scenes,
-    sample_questions,
-)
+from bivlm_edge.datasets import OPEN_ENDED_KINDS, TRAINING_DATA
+from bivlm_edge.reference.architecture import build_model, build_processor, build_tokenizer
+from bivlm_edge.reference.easy_vqa import EasyVqaTask
+from bivlm_edge.reference.packing import Packer
+from bivlm_edge.reference.scenes_task import ScenesTask
+from bivlm_edge.reference.task import UNKNOWN, Example, Pixels, Stage, Task
 
 log = logging.getLogger("bivlm_edge.reference.train")
 
-VALIDATION_IMAGES = 500
-QUESTIONS_PER_IMAGE = 10
-MAX_SHIFT = 24
+TASKS: dict[str, Callable[[int], Task]] = {
+    EasyVqaTask.name: EasyVqaTask,
+    ScenesTask.name: ScenesTask,
+}
 WARM_UP_STEPS = 60
 LOG_EVERY = 20
-SAVE_EVERY = 300
+SAVE_EVERY = 50
+EVALUATE_EVERY = 300  # a multiple of SAVE_EVERY
+EVALUATION_IMAGES = 50  # at a time
+EARLY_IMAGES = 150  # for figures within a stage
 STATE_FILE = "state.pt"
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One stage of training.
-
-    Attributes:
-        name: "vision" trains the tower with a classifier; others train on questions.
-        steps: Optimizer steps.
-        images: Images per step.
-        drawn: How many of them are drawn by our own generator.
-        rate: Peak learning rate of the decoder side; cosine to a hundredth of it.
-        vision_rate: The same for the vision tower; 0 freezes it.
-        noise: Standard deviation of the noise on each weight matrix at the stage's end, relative
-            to that of each of its rows; grows linearly from half of it.
-    """
-
-    name: str
-    steps: int
-    images: int
-    drawn: int
-    rate: float
-    vision_rate: float
-    noise: float
-
-
-STAGES = (
-    Stage("vision", steps=800, images=64, drawn=32, rate=1e-3, vision_rate=1e-3, noise=0.0),
-    Stage("decoder", steps=700, images=28, drawn=16, rate=1e-3, vision_rate=0.0, noise=0.05),
-    Stage("joint", steps=450, images=28, drawn=14, rate=4e-4, vision_rate=1e-4, noise=0.2),
-)
-
-
 class Trainee(nn.Module):
-    """The model with the classifier of the first stage.
+    """The model with the classifiers of the first stage.
 
     Attributes:
         llava: The model that is kept.
-        head: Mean patch token -> logits of COLORS, then SHAPES; thrown away.
+        head: Patch token, or their mean -> logits of all classifiers in turn; thrown away.
+        classes: Number of classes of each classifier.
     """
 
-    def __init__(self, llava: LlavaForConditionalGeneration) -> None:
+    def __init__(self, llava: LlavaForConditionalGeneration, classes: Sequence[int]) -> None:
         super().__init__()
         self.llava = llava
-        self.head = nn.Sequential(
-            nn.LayerNorm(VISION_WIDTH), nn.Linear(VISION_WIDTH, len(COLORS) + len(SHAPES))
-        )
+        self.classes = list(classes)
+        width = llava.config.vision_config.hidden_size
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(classes)))
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Vision features ``(images, 64, width)`` that LLaVA selects: last layer without CLS."""
+        """Features ``(images, tokens, width)`` that LLaVA selects: last layer without CLS."""
         features: Tensor = self.llava.model.vision_tower(pixels).last_hidden_state
         return features[:, 1:]
 
+    def classify(self, pixels: Tensor, rows: int) -> Sequence[Tensor]:
+        """Logits ``(images, rows, classes)`` of each classifier; one row is of the mean token."""
+        features = self.patches(pixels)
+        if rows == 1:
+            features = features.mean(1, keepdim=True)
+        logits: Tensor = self.head(features)
+        return torch.split(logits.float(), self.classes, dim=-1)
+
 
 def normalize(pictures: Sequence[Pixels], processor: LlavaProcessor) -> Tensor:
-    """Pictures as the image processor gives them, float32 ``(images, 3, 64, 64)``."""
+    """Pictures as the image processor gives them, float32 ``(images, 3, side, side)``."""
     mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     return (pixels.float() / 255 - mean) / std
 
 
-def sample_batch(
-    scenes: Sequence[Scene], wordings: Sequence[str], stage: Stage, rng: np.random.Generator
-) -> list[Scene]:
-    """Augmented training pictures and freshly drawn ones with their questions."""
-    batch = []
-    for index in rng.choice(len(scenes), stage.images - stage.drawn, replace=False):
-        scene = scenes[index]
-        pixels = augment(scene.pixels, rng, MAX_SHIFT)
-        asked = rng.permutation(len(scene.questions))[:QUESTIONS_PER_IMAGE]
-        questions = tuple(scene.questions[i] for i in asked)
-        batch.append(Scene(pixels, scene.color, scene.shape, questions, ()))
-    for _ in range(stage.drawn):
-        color, shape = int(rng.integers(len(COLORS))), int(rng.integers(len(SHAPES)))
-        questions = sample_questions(rng, wordings, color, shape, QUESTIONS_PER_IMAGE)
-        batch.append(Scene(draw_scene(rng, color, shape), color, shape, questions, ()))
-    return batch
-
-
-def vision_loss(trainee: Trainee, batch: Sequence[Scene], processor: LlavaProcessor) -> Tensor:
-    """Cross entropy of color plus that of shape, over the pictures where they are known."""
-    logits = trainee.head(trainee.patches(normalize([s.pixels for s in batch], processor)).mean(1))
-    colors = torch.tensor([s.color for s in batch])
-    shapes = torch.tensor([s.shape for s in batch])
-    color_logits, shape_logits = logits.float().split([len(COLORS), len(SHAPES)], dim=1)
-    loss: Tensor = nn.functional.cross_entropy(color_logits, colors, ignore_index=UNKNOWN)
-    return loss + nn.functional.cross_entropy(shape_logits, shapes, ignore_index=UNKNOWN)
+def vision_loss(trainee: Trainee, batch: Sequence[Example], processor: LlavaProcessor) -> Tensor:
+    """Sum over the classifiers of their cross entropy where the class is known."""
+    labels = torch.from_numpy(np.stack([example.labels for example in batch]))
+    logits = trainee.classify(normalize([e.pixels for e in batch], processor), labels.shape[1])
+    losses = [
+        nn.functional.cross_entropy(
+            part.flatten(0, 1), labels[..., number].flatten(), ignore_index=UNKNOWN
+        )
+        for number, part in enumerate(logits)
+    ]
+    return torch.stack(losses).sum()
 
 
 @torch.no_grad()
 def vision_accuracy(
-    trainee: Trainee, scenes: Sequence[Scene], processor: LlavaProcessor
-) -> tuple[float, float]:
-    """Share of right colors and of right shapes, over the pictures where they are known."""
-    logits = trainee.head(trainee.patches(normalize([s.pixels for s in scenes], processor)).mean(1))
-    right = []
-    for part, truth in zip(
-        logits.split([len(COLORS), len(SHAPES)], dim=1),
-        (torch.tensor([s.color for s in scenes]), torch.tensor([s.shape for s in scenes])),
-        strict=True,
-    ):
-        known = truth != UNKNOWN
-        right.append((part.argmax(1) == truth)[known].float().mean().item())
-    return right[0], right[1]
+    trainee: Trainee, examples: Sequence[Example], processor: LlavaProcessor
+) -> list[float]:
+    """Mean over the classes of each classifier of the share of their rows that it gets right."""
+    counts = [torch.zeros(2, classes) for classes in trainee.classes]
+    for at in range(0, len(examples), EVALUATION_IMAGES):
+        batch = examples[at : at + EVALUATION_IMAGES]
+        labels = torch.from_numpy(np.stack([example.labels for example in batch]))
+        logits = trainee.classify(normalize([e.pixels for e in batch], processor), labels.shape[1])
+        for number, part in enumerate(logits):
+            known = labels[..., number] != UNKNOWN
+            truth = labels[..., number][known]
+            right = (part.argmax(-1)[known] == truth).float()
+            counts[number][0].index_add_(0, truth, right)
+            counts[number][1].index_add_(0, truth, torch.ones_like(right))
+    return [(hits / rows)[rows > 0].mean().item() for hits, rows in counts]
 
 
 def answer_logits(
-    trainee: Trainee, batch: Sequence[Scene], processor: LlavaProcessor, packer: Packer
+    trainee: Trainee, batch: Sequence[Example], processor: LlavaProcessor, packer: Packer
 ) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
     """Logits where an answer token must follow, for all questions on the pictures.
 
@@ -172,8 +131,8 @@ def answer_logits(
         Logits ``(targets, vocabulary)``, the targets, and for each the number of its question.
     """
     llava = trainee.llava.model
-    packed = packer.pack([s.questions for s in batch])
-    patches = trainee.patches(normalize([s.pixels for s in batch], processor))
+    packed = packer.pack([e.questions for e in batch])
+    patches = trainee.patches(normalize([e.pixels for e in batch], processor))
     images = llava.multi_modal_projector(patches)
     ids = torch.from_numpy(packed.ids)
     embeddings = llava.language_model.embed_tokens(ids)
@@ -225,20 +184,22 @@ def weight_noise(module: nn.Module, ratio: float, generator: torch.Generator) ->
 
 @torch.no_grad()
 def packed_accuracy(
-    trainee: Trainee, scenes: Sequence[Scene], processor: LlavaProcessor, packer: Packer
+    trainee: Trainee, examples: Sequence[Example], processor: LlavaProcessor, packer: Packer
 ) -> dict[str, float]:
     """Share of questions whose whole answer is the greedy one: over all and for each kind."""
     results: dict[str, list[bool]] = defaultdict(list)
-    for at in range(0, len(scenes), 50):
-        batch = scenes[at : at + 50]
+    for at in range(0, len(examples), EVALUATION_IMAGES):
+        batch = examples[at : at + EVALUATION_IMAGES]
         logits, targets, question = answer_logits(trainee, batch, processor, packer)
         wrong = (logits.argmax(-1) != targets).numpy()
-        kinds = [kind for scene in batch for kind in scene.kinds]
+        kinds = [kind for example in batch for kind in example.kinds]
         failed = set(question[wrong].tolist())
         for number, kind in enumerate(kinds):
             results[kind].append(number not in failed)
-    results["overall"] = [ok for kind in list(results) for ok in results[kind]]
-    results["open_ended"] = results["color"] + results["shape"]
+    groups = {"overall": set(results), "open_ended": OPEN_ENDED_KINDS & set(results)}
+    for name, members in groups.items():
+        if members:
+            results[name] = [ok for kind in sorted(members) for ok in results[kind]]
     return {name: float(np.mean(oks)) for name, oks in sorted(results.items())}
 
 
@@ -282,8 +243,8 @@ def run_stage(
     trainee: Trainee,
     stage: Stage,
     seeds: tuple[int, int],
-    loss_of: Callable[[Sequence[Scene]], Tensor],
-    draw_batch: Callable[[np.random.Generator], list[Scene]],
+    loss_of: Callable[[Sequence[Example]], Tensor],
+    draw_batch: Callable[[np.random.Generator], list[Example]],
     resume: dict[str, Any] | None,
     save: Callable[[int, dict[str, Any]], None],
 ) -> None:
@@ -370,14 +331,18 @@ def write_state(
 
 
 def evaluate(
-    trainee: Trainee, scenes: Sequence[Scene], processor: LlavaProcessor, packer: Packer, name: str
+    trainee: Trainee,
+    examples: Sequence[Example],
+    processor: LlavaProcessor,
+    packer: Packer,
+    name: str,
 ) -> dict[str, float]:
     """Accuracy with the weights as the checkpoint holds them; logged and returned."""
     exact = {key: value.clone() for key, value in trainee.state_dict().items()}
     round_to_bfloat16(trainee)
-    figures = packed_accuracy(trainee, scenes, processor, packer)
+    figures = packed_accuracy(trainee, examples, processor, packer)
     with weight_noise(trainee.llava, 0.3, torch.Generator().manual_seed(0)):
-        noisy = packed_accuracy(trainee, scenes, processor, packer)["overall"]
+        noisy = packed_accuracy(trainee, examples, processor, packer)["overall"]
     trainee.load_state_dict(exact)
     log.info(
         "%s %s, overall under 30 %% weight noise %.4f",
@@ -388,26 +353,24 @@ def evaluate(
     return figures
 
 
-def train(output: Path, seed: int, scale: float, resume: bool, test: bool) -> None:
+def train(task: Task, output: Path, seed: int, scale: float, resume: bool, test: bool) -> None:
     """Run all stages and write the checkpoint to `output`.
 
     Args:
+        task: What to train on.
         output: Folder of the checkpoint, the state for resuming and the figures.
         seed: Fixes weights, batches and noise.
         scale: Factor on the steps of each stage.
         resume: Go on from the state in `output`.
         test: At the end, evaluate on the test split too.
     """
-    items = load_easy_vqa("train")
-    tokenizer = build_tokenizer(text for item in items for text in (item.question, item.answer))
-    processor = build_processor(tokenizer)
-    packer = Packer(tokenizer)
-    scenes = group_scenes(items)
-    order = np.random.default_rng(seed).permutation(len(scenes))
-    held_out = [scenes[i] for i in order[:VALIDATION_IMAGES]]
-    training = [scenes[i] for i in order[VALIDATION_IMAGES:]]
-    wordings = sorted({question for scene in training for question, _ in scene.questions})
-    trainee = Trainee(build_model(tokenizer, seed))
+    tokenizer = build_tokenizer(task.texts())
+    processor = build_processor(tokenizer, task.design)
+    packer = Packer(tokenizer, task.design.image_tokens)
+    held_out = task.validation()
+    model = build_model(tokenizer, task.design, seed)
+    setattr(model.config, TRAINING_DATA, task.name)
+    trainee = Trainee(model, list(task.classifiers.values()))
 
     state: dict[str, Any] | None = None
     if resume:
@@ -416,45 +379,49 @@ def train(output: Path, seed: int, scale: float, resume: bool, test: bool) -> No
     output.mkdir(parents=True, exist_ok=True)
     figures: dict[str, float] = {}
 
-    def question_loss(batch: Sequence[Scene]) -> Tensor:
+    def question_loss(batch: Sequence[Example]) -> Tensor:
         logits, targets, _ = answer_logits(trainee, batch, processor, packer)
         return nn.functional.cross_entropy(logits, targets)
 
-    def classifier_loss(batch: Sequence[Scene]) -> Tensor:
+    def classifier_loss(batch: Sequence[Example]) -> Tensor:
         return vision_loss(trainee, batch, processor)
 
-    for number, preset in enumerate(STAGES):
+    def judge(stage: Stage, examples: Sequence[Example]) -> dict[str, float]:
+        if stage.name != "vision":
+            return evaluate(trainee, examples, processor, packer, "validation")
+        shares = vision_accuracy(trainee, examples, processor)
+        found = dict(zip(task.classifiers, shares, strict=True))
+        log.info("validation %s", " ".join(f"{key} {value:.4f}" for key, value in found.items()))
+        return found
+
+    for number, preset in enumerate(task.stages):
         stage = replace(preset, steps=max(1, round(preset.steps * scale)))
         if state is not None and state["stage"] > number:
             continue
 
-        def save(step: int, optimizer: dict[str, Any], number: int = number) -> None:
+        def save(
+            step: int, optimizer: dict[str, Any], number: int = number, stage: Stage = stage
+        ) -> None:
             write_state(trainee, output, number, step, optimizer)
-            if STAGES[number].name != "vision":
+            if step % EVALUATE_EVERY == 0:
                 trainee.eval()
-                evaluate(trainee, held_out, processor, packer, "validation")
+                judge(stage, held_out[:EARLY_IMAGES])
                 write_checkpoint(trainee.llava, processor, output)
                 trainee.train()
 
-        def draw(rng: np.random.Generator, stage: Stage = stage) -> list[Scene]:
-            return sample_batch(training, wordings, stage, rng)
+        def draw(rng: np.random.Generator, stage: Stage = stage) -> list[Example]:
+            return task.batch(stage, rng)
 
         resumed = state if state is not None and state["stage"] == number else None
         loss_of = classifier_loss if stage.name == "vision" else question_loss
         run_stage(trainee, stage, (seed, number), loss_of, draw, resumed, save)
-        if stage.name == "vision":
-            log.info(
-                "validation color %.4f shape %.4f", *vision_accuracy(trainee, held_out, processor)
-            )
-        else:
-            figures = evaluate(trainee, held_out, processor, packer, "validation")
+        figures = judge(stage, held_out)
         write_checkpoint(trainee.llava, processor, output)
         write_state(trainee, output, number + 1, 0, {})
 
     record = {"validation": figures}
     if test:
-        unseen = group_scenes(load_easy_vqa("test"))
-        record["test"] = evaluate(trainee, unseen, processor, packer, "test")
+        record["test"] = evaluate(trainee, task.test(), processor, packer, "test")
     (output / "figures.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -462,6 +429,9 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(
         prog="python -m bivlm_edge.reference.train", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--data", choices=sorted(TASKS), default="easy-vqa", help="data set (default: easy-vqa)"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
@@ -474,7 +444,8 @@ def main() -> None:
         parser.error(f"--resume: {options.output / STATE_FILE} does not exist; leave --resume away")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    train(options.output, options.seed, options.scale, options.resume, options.test)
+    task = TASKS[options.data](options.seed)
+    train(task, options.output, options.seed, options.scale, options.resume, options.test)
 
 
 if __name__ == "__main__":

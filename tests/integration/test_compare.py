@@ -205,7 +205,7 @@ def test_one_of_several_processes_is_refused(
         ),
         (("--method", "rtn", "--budget", "1.25"), "--bits 1.25 does not go with", 2),
         ((), "nothing to compare", 2),
-        (("--method", "rtn", "--data", "sherlock"), "needs questions: easy-vqa or", 2),
+        (("--method", "rtn", "--data", "sherlock"), "needs questions: easy-vqa, scenes or", 2),
         (("--method", "rtn", "--data", "gone.jsonl"), "--data gone.jsonl does not exist", 3),
         (("--method", "rtn", "--limit", "0"), "--limit 0 is less than 1", 2),
         (("--from", "gone.json"), "gone.json cannot be read", 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bivlm_edge.calibration.batches import items_from_folder, make_batches
-from bivlm_edge.datasets import ImageSource, VqaItem
+from bivlm_edge.calibration.batches import calibration_items, items_from_folder, make_batches
+from bivlm_edge.datasets import DATA_SETS, DrawnScene, ImageSource, VqaItem
 from bivlm_edge.errors import DataError
 
 
@@ -44,6 +45,24 @@ def test_batches_stack_equal_lengths_and_mark_the_answer(tmp_path: Path) -> None
         prompt = batch["input_ids"].shape[1] - 2
         assert (batch["labels"][:, :prompt] == -100).all()
         assert (batch["labels"][:, prompt:] == batch["input_ids"][:, prompt:]).all()
+
+
+def test_a_data_set_calibrates_by_its_name_on_its_train_split(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scenes = calibration_items("scenes")
+    assert {item.image.split for item in scenes if isinstance(item.image, DrawnScene)} == {"train"}
+    asked: list[str] = []
+
+    def load(split: str) -> list[VqaItem]:
+        asked.append(split)
+        return scenes
+
+    monkeypatch.setitem(DATA_SETS, "easy-vqa", replace(DATA_SETS["easy-vqa"], load=load))
+    assert calibration_items(None) == calibration_items("easy-vqa") == scenes
+    assert asked == ["train", "train"]
+    save_image(tmp_path / "own.png", 9)
+    assert len(calibration_items(tmp_path)) == 1
 
 
 def test_the_seed_decides_which_samples_are_drawn(tmp_path: Path) -> None:

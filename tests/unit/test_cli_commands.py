@@ -58,7 +58,7 @@ def _last_json(result: Result) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "bench", "inspect"])
+@pytest.mark.parametrize("command", ["run", "eval", "bench", "inspect", "redundancy"])
 def test_help_has_examples(tmp_path: Path, command: str) -> None:
     result = _run(tmp_path, command, "--help")
     assert result.returncode == 0
@@ -66,7 +66,7 @@ def test_help_has_examples(tmp_path: Path, command: str) -> None:
     assert "--debug" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "bench", "inspect"])
+@pytest.mark.parametrize("command", ["run", "eval", "bench", "inspect", "redundancy"])
 def test_unknown_option_and_missing_argument_exit_2(tmp_path: Path, command: str) -> None:
     for arguments in (("--nonsense",), ()):
         result = _run(tmp_path, command, *arguments)
@@ -76,7 +76,13 @@ def test_unknown_option_and_missing_argument_exit_2(tmp_path: Path, command: str
 
 @pytest.mark.parametrize(
     ("command", "rest"),
-    [("run", ("hi",)), ("eval", ("--data", "easy-vqa")), ("bench", ()), ("inspect", ())],
+    [
+        ("run", ("hi",)),
+        ("eval", ("--data", "easy-vqa")),
+        ("bench", ()),
+        ("inspect", ()),
+        ("redundancy", ("--data", "easy-vqa")),
+    ],
 )
 def test_missing_model_exits_3_in_one_line(
     tmp_path: Path, command: str, rest: tuple[str, ...]
@@ -145,6 +151,8 @@ def test_run_without_a_picture_and_with_a_seed(bundle: Any, tmp_path: Path) -> N
         (("hi", "--image", "nope.png"), 3, "'nope.png' does not exist"),
         (("hi", "--image", "a.png", "--image", "b.png"), 2, "one picture per question"),
         (("hi", "--image", "."), 3, "cannot be read as a picture"),
+        (("hi", "--show-tokens", "t.png"), 2, "--show-tokens draws on the picture"),
+        (("hi", "--image", "a.png", "--show-tokens", "t.jpg"), 2, "t.jpg is no PNG"),
     ],
 )
 def test_run_refuses_with_exit_code_and_sentence(
@@ -202,6 +210,7 @@ def test_eval_ends_with_one_line_of_json(bundle: Any, image: str, tmp_path: Path
         (None, (), 3, "cannot be read"),
         ("{}", ("--limit", "0"), 2, "--limit 0"),
         ("{}", ("--data", "easy-vqa", "--split", "val"), 2, "--split 'val' is not known"),
+        ("{}", ("--data", "scenes", "--split", "dev"), 2, "Accepted: train, validation, test."),
     ],
 )
 def test_eval_refuses_bad_data(

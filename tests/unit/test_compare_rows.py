@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bivlm_edge.cli.compare import _setting
 from bivlm_edge.compare import job, plot, runner, tables
 from bivlm_edge.compare.rows import (
     REQUIRED,
@@ -15,11 +16,12 @@ from bivlm_edge.compare.rows import (
     fingerprint,
     read_rows,
     rows_text,
-    write_text,
 )
 from bivlm_edge.compare.runner import Setting, run_all
 from bivlm_edge.compare.specification import Run, parse_run
+from bivlm_edge.datasets import calibrating_data
 from bivlm_edge.errors import DataError, OutputError, RequestError
+from bivlm_edge.files import write_text
 from bivlm_edge.quant.quantizer import LayerReport, QuantizedModel
 
 
@@ -252,3 +254,19 @@ def test_process_that_dies_is_a_failure_with_its_reason(
     _, failures = run_all([parse_run("rtn@2")], SETTING, "toy", tmp_path, lambda *_: None)
     assert reason in failures[0].reason
     assert failures[0].exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("data", "calibration", "expected"),
+    [
+        (None, None, ("easy-vqa", None, "easy-vqa training pictures")),
+        ("scenes", None, ("scenes", None, "scenes training pictures")),
+        ("easy-vqa", Path("scenes"), ("easy-vqa", "scenes", "scenes")),
+    ],
+)
+def test_named_questions_calibrate_on_their_own_train_split(
+    data: str | None, calibration: Path | None, expected: tuple[str, str | None, str]
+) -> None:
+    setting = _setting(None, data, calibration, None, 1, reads_text=False)
+    assert (setting.data, setting.calibration, setting.calibration_name) == expected
+    assert calibrating_data(setting.data) == setting.data

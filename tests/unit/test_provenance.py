@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 from bivlm_edge import provenance
 
@@ -16,6 +17,7 @@ OTHER = {
     "errors.py",
     "memory.py",
     "provenance.py",
+    "pruning.py",
     "runtime/__init__.py",
     "runtime/answer.py",
     "runtime/generate.py",
@@ -45,3 +47,11 @@ def test_measuring_and_training_invalidate_nothing() -> None:
     counted = {path.as_posix() for path in provenance.result_files()}
     assert not counted & {"runtime/benchmark.py", "reference/train.py", "compare/tables.py"}
     assert {"accelerate", "gguf", "torch"} <= set(provenance.library_versions())
+
+
+def test_answers_have_code_of_their_own() -> None:
+    files = {path.as_posix() for path in provenance.result_files(provenance.ANSWER_CODE)}
+    package = Path(provenance.__file__).parent
+    assert files == set(provenance.ANSWER_CODE)
+    assert all((package / file).is_file() for file in files)
+    assert provenance.code_version(provenance.ANSWER_CODE) != provenance.code_version()

@@ -16,19 +16,21 @@ from bivlm_edge.datasets import COLORS, SHAPES, load_easy_vqa
 from bivlm_edge.errors import DataError
 from bivlm_edge.reference import checkpoint_path, train
 from bivlm_edge.reference.architecture import build_model, build_processor, build_tokenizer
-from bivlm_edge.reference.data import (
-    UNKNOWN,
-    Packer,
-    Scene,
+from bivlm_edge.reference.easy_vqa import (
+    DESIGN,
     answer_question,
     augment,
-    draw_scene,
+    draw_picture,
     implied_labels,
+    sample_batch,
     sample_questions,
 )
+from bivlm_edge.reference.packing import Packer
+from bivlm_edge.reference.task import UNKNOWN, Example, Stage
 from bivlm_edge.reference.train import Trainee, answer_logits, weight_noise
 
 SIZE_LIMIT_MB = 16
+CLASSES = (len(COLORS), len(SHAPES))
 WORDINGS = (
     "what color is the shape?",
     "what shape is present?",
@@ -107,7 +109,7 @@ def test_chat_template_puts_the_image_before_the_question(processor: Any) -> Non
 
 
 def test_image_becomes_64_tokens_and_normalized_pixels(processor: Any) -> None:
-    pixels = draw_scene(np.random.default_rng(0), 0, 0)
+    pixels = draw_picture(np.random.default_rng(0), 0, 0)
     inputs = processor(images=pixels, text="<|user|><image>what?<|assistant|>", return_tensors="np")
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert (inputs["input_ids"][0] == image_id).sum() == 64
@@ -132,7 +134,7 @@ def test_drawn_pictures_are_described_by_greedy_generation(model: Any, processor
     wrong = []
     for color in range(len(COLORS)):
         for shape in range(len(SHAPES)):
-            picture = draw_scene(rng, color, shape)
+            picture = draw_picture(rng, color, shape)
             for question, truth in sample_questions(rng, WORDINGS, color, shape, 2):
                 given = answer(model, processor, picture, question)
                 if given != truth:
@@ -170,11 +172,13 @@ def test_configuration_carries_no_local_paths() -> None:
 def test_packed_questions_score_as_they_do_alone(model: Any, processor: Any) -> None:
     rng = np.random.default_rng(3)
     pairs = sample_questions(rng, WORDINGS, 2, 1, 5)
-    pixels = draw_scene(rng, 2, 1)
-    packer = Packer(processor.tokenizer)
-    scene = Scene(pixels, 2, 1, pairs, ())
+    pixels = draw_picture(rng, 2, 1)
+    packer = Packer(processor.tokenizer, DESIGN.image_tokens)
+    example = Example(pixels, np.array([[2, 1]]), pairs, ())
     with torch.no_grad():
-        logits, targets, number = answer_logits(Trainee(model), [scene], processor, packer)
+        logits, targets, number = answer_logits(
+            Trainee(model, CLASSES), [example], processor, packer
+        )
         for index, (question, truth) in enumerate(pairs):
             text = f"<|user|><image>{question}<|assistant|>{truth}</s>"
             inputs = processor(images=pixels, text=text, return_tensors="pt")
@@ -197,7 +201,7 @@ def test_resumed_stage_ends_with_the_same_weights(
     processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
-    stage = train.Stage("vision", 4, images=4, drawn=4, rate=1e-3, vision_rate=1e-3, noise=0.1)
+    stage = Stage("vision", 4, images=4, drawn=4, rate=1e-3, vision_rate=1e-3, noise=0.1)
 
     def run(trainee: Trainee, resume: dict[str, Any] | None) -> torch.Tensor:
         train.run_stage(
@@ -205,7 +209,7 @@ def test_resumed_stage_ends_with_the_same_weights(
             stage,
             (1, 0),
             lambda batch: train.vision_loss(trainee, batch, processor),
-            lambda rng: train.sample_batch([], WORDINGS, stage, rng),
+            lambda rng: sample_batch([], WORDINGS, stage, rng),
             resume,
             lambda step, optimizer: train.write_state(trainee, tmp_path, 0, step, optimizer),
         )
@@ -213,7 +217,7 @@ def test_resumed_stage_ends_with_the_same_weights(
 
     def fresh() -> Trainee:
         torch.manual_seed(0)
-        return Trainee(build_model(processor.tokenizer, 0))
+        return Trainee(build_model(processor.tokenizer, DESIGN, 0), CLASSES)
 
     whole = run(fresh(), None)
     state = torch.load(tmp_path / train.STATE_FILE, weights_only=True)
@@ -249,7 +253,7 @@ def test_labels_follow_from_questions(
 def test_augmented_picture_has_the_same_shape_inside_the_frame() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
-        picture = draw_scene(rng, int(rng.integers(8)), int(rng.integers(3)))
+        picture = draw_picture(rng, int(rng.integers(8)), int(rng.integers(3)))
         moved = augment(picture, rng, 24)
         colors, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
         moved_colors, moved_counts = np.unique(moved.reshape(-1, 3), axis=0, return_counts=True)
@@ -258,7 +262,7 @@ def test_augmented_picture_has_the_same_shape_inside_the_frame() -> None:
 
 
 def test_fresh_tokenizer_reserves_the_special_tokens() -> None:
-    processor = build_processor(build_tokenizer(WORDINGS))
+    processor = build_processor(build_tokenizer(WORDINGS), DESIGN)
     ids = processor.tokenizer.encode("<|user|><image>is there a red shape?<|assistant|>")
     assert processor.tokenizer.convert_ids_to_tokens(ids) == [
         *("<|user|>", "<image>", "is", "Ġthere", "Ġa", "Ġred", "Ġshape", "?"),

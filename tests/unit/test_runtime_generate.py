@@ -62,6 +62,32 @@ def test_a_copy_can_be_continued_like_the_cache_itself(bundle: Any) -> None:
     assert (copy.tokens, copy.position) == (5, 5)
 
 
+def test_a_rewound_cache_can_be_continued_another_way(bundle: Any) -> None:
+    session = load(bundle.graph)
+    cache, other = KvCache(session), KvCache(session)
+    run_step(session, np.array([3, 40, 41]), cache)
+    run_step(session, np.array([50, 51, 52]), cache)
+    cache.rewind(3, 3)
+    found = run_step(session, np.array([60, 61]), cache)
+    run_step(session, np.array([3, 40, 41]), other)
+    expected = run_step(session, np.array([60, 61]), other)
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    assert (cache.tokens, cache.position) == (5, 5)
+    with pytest.raises(ValueError, match="cannot rewind 5 tokens, position 5, to 6 tokens"):
+        cache.rewind(6, 6)
+
+
+def test_the_prompt_tokens_that_pruning_kept_are_known(make_bundle: Any) -> None:
+    answerer = Answerer(load(make_bundle(prunes=True).graph))
+    picture = answerer.picture(_picture(3))
+    generation = answerer.ask("hi", picture)
+    assert generation.kept_indices.tolist() == []
+    list(generation)
+    # the mock drops every second placeholder; the first token is the user's mark
+    assert generation.kept_indices.tolist() == [0, 1, 3, 5, 7, 8, 9]
+    assert generation.kept_tokens == 7
+
+
 def test_steps_write_into_the_same_memory(bundle: Any) -> None:
     session = load(bundle.graph)
     cache = KvCache(session, capacity=8)

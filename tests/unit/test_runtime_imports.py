@@ -9,7 +9,7 @@ import sys
 def test_importing_runtime_and_commands_loads_no_training_library() -> None:
     program = (
         "import sys, bivlm_edge.runtime, bivlm_edge.cli.run, bivlm_edge.cli.eval, "
-        "bivlm_edge.cli.bench, bivlm_edge.cli.inspect\n"
+        "bivlm_edge.cli.bench, bivlm_edge.cli.inspect, bivlm_edge.cli.redundancy\n"
         "print([m for m in ('torch', 'transformers', 'onnx', 'scipy') if m in sys.modules])"
     )
     command = [sys.executable, "-P", "-c", program]

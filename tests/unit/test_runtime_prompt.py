@@ -190,3 +190,25 @@ def test_reference_checkpoint_gives_the_tokens_of_its_processor(
         picture = Image.new("RGB", (64, 64))
         wanted = processor(text=text, images=picture, return_tensors="np")["input_ids"][0]
         assert builder.encode(question, PICTURE).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("question", ["hi", " a", "user", "is it <|assistant|>?"])
+def test_the_tokens_of_the_question_are_told_from_the_template(
+    prompts: PromptBuilder, question: str
+) -> None:
+    ids, marked = prompts.encode_marked(question, PICTURE)
+    np.testing.assert_array_equal(ids, prompts.encode(question, PICTURE))
+    assert marked.tolist() == [False] * 7 + [True] * (len(ids) - 8) + [False]
+
+
+def test_a_template_that_changes_the_question_is_refused(bundle: Any) -> None:
+    path = bundle.paths.assets / "chat_template.jinja"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("part['text']", "part['text'] | upper"), encoding="utf-8")
+    prompts = PromptBuilder(bundle.paths, bundle.manifest)
+    assert prompts.encode_marked("HI")[1].sum() == 2
+    path.write_text(text.replace("part['text']", "part['text'] + part['text']"), encoding="utf-8")
+    with pytest.raises(
+        BundleError, match="does more with the question 'hi' than to put it in once"
+    ):
+        PromptBuilder(bundle.paths, bundle.manifest).encode_marked("hi")

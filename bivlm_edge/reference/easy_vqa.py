@@ -1,21 +1,35 @@
-"""Training batches: labels implied by questions, image augmentation, and packing of questions."""
+"""easy-VQA as a task: labels implied by questions, augmentation, pictures drawn like its own."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from transformers import PreTrainedTokenizerFast
 
-from bivlm_edge.datasets import COLORS, SHAPES, VqaItem
-from bivlm_edge.reference.architecture import ASSISTANT, END, IMAGE, IMAGE_SIZE, IMAGE_TOKENS, USER
+from bivlm_edge.datasets import COLORS, SHAPES, VqaItem, load_easy_vqa
+from bivlm_edge.reference.architecture import Design
+from bivlm_edge.reference.task import UNKNOWN, Example, Pixels, Stage
 
-UNKNOWN = -100  # what torch's cross entropy skips
+DESIGN = Design(
+    image_size=64,
+    patch_size=8,
+    vision_width=192,
+    vision_layers=4,
+    text_width=256,
+    text_mlp_width=704,
+    text_layers=4,
+)
+STAGES = (
+    Stage("vision", steps=800, images=64, drawn=32, rate=1e-3, vision_rate=1e-3, noise=0.0),
+    Stage("decoder", steps=700, images=28, drawn=16, rate=1e-3, vision_rate=0.0, noise=0.05),
+    Stage("joint", steps=450, images=28, drawn=14, rate=4e-4, vision_rate=1e-4, noise=0.2),
+)
+VALIDATION_IMAGES = 500
+QUESTIONS_PER_IMAGE = 10
+MAX_SHIFT = 24
 RGB = {
     "black": (0, 0, 0),
     "blue": (0, 0, 255),
@@ -32,27 +46,62 @@ _NEGATION = re.compile(r"\b(not|no)\b")
 _COLOR_WORD = re.compile(rf"\b({'|'.join(COLORS)})\b")
 _SHAPE_WORD = re.compile(rf"\b({'|'.join(SHAPES)})\b")
 
-Pixels = NDArray[np.uint8]
-Ids = NDArray[np.int64]
 
+class EasyVqaTask:
+    """easy-VQA with pictures drawn like its own; held-out train pictures are for validation.
 
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """One picture with what is known about it.
-
-    Attributes:
-        pixels: uint8 ``(64, 64, 3)``, RGB.
-        color: Index into COLORS, or UNKNOWN.
-        shape: Index into SHAPES, or UNKNOWN.
-        questions: Pairs of question and answer.
-        kinds: The kind of each question.
+    Args:
+        seed: Chooses the held-out pictures.
     """
 
-    pixels: Pixels
-    color: int
-    shape: int
-    questions: tuple[tuple[str, str], ...]
-    kinds: tuple[str, ...]
+    name = "easy-vqa"
+    design = DESIGN
+    stages: Sequence[Stage] = STAGES
+    classifiers: Mapping[str, int] = {"color": len(COLORS), "shape": len(SHAPES)}
+
+    def __init__(self, seed: int) -> None:
+        self._items = load_easy_vqa("train")
+        examples = group_examples(self._items)
+        order = np.random.default_rng(seed).permutation(len(examples))
+        self._held_out = [examples[i] for i in order[:VALIDATION_IMAGES]]
+        self._training = [examples[i] for i in order[VALIDATION_IMAGES:]]
+        self._wordings = sorted({q for example in self._training for q, _ in example.questions})
+
+    def texts(self) -> Iterable[str]:
+        """Questions and answers of the train split."""
+        return (text for item in self._items for text in (item.question, item.answer))
+
+    def batch(self, stage: Stage, rng: np.random.Generator) -> list[Example]:
+        """Augmented pictures of the train split and freshly drawn ones."""
+        return sample_batch(self._training, self._wordings, stage, rng)
+
+    def validation(self) -> list[Example]:
+        """The held-out pictures of the train split."""
+        return self._held_out
+
+    def test(self) -> list[Example]:
+        """The test split."""
+        return group_examples(load_easy_vqa("test"))
+
+
+def sample_batch(
+    examples: Sequence[Example], wordings: Sequence[str], stage: Stage, rng: np.random.Generator
+) -> list[Example]:
+    """Augmented training pictures and freshly drawn ones with their questions."""
+    batch = []
+    for index in rng.choice(len(examples), stage.images - stage.drawn, replace=False):
+        example = examples[index]
+        pixels = augment(example.pixels, rng, MAX_SHIFT)
+        asked = rng.permutation(len(example.questions))[:QUESTIONS_PER_IMAGE]
+        questions = tuple(example.questions[i] for i in asked)
+        batch.append(Example(pixels, example.labels, questions, ()))
+    for _ in range(stage.drawn):
+        color, shape = int(rng.integers(len(COLORS))), int(rng.integers(len(SHAPES)))
+        questions = sample_questions(rng, wordings, color, shape, QUESTIONS_PER_IMAGE)
+        batch.append(
+            Example(draw_picture(rng, color, shape), np.array([[color, shape]]), questions, ())
+        )
+    return batch
 
 
 def implied_labels(questions: Sequence[tuple[str, str]]) -> tuple[int, int]:
@@ -83,23 +132,24 @@ def answer_question(question: str, color: str, shape: str) -> str:
     return "yes" if present != bool(_NEGATION.search(question)) else "no"
 
 
-def group_scenes(items: Sequence[VqaItem]) -> list[Scene]:
-    """One scene per picture, in order of first appearance, with all questions on it."""
+def group_examples(items: Sequence[VqaItem]) -> list[Example]:
+    """One example per picture, in order of first appearance, with all questions on it."""
     groups: dict[object, list[VqaItem]] = defaultdict(list)
     for item in items:
         groups[item.image].append(item)
-    scenes = []
+    examples = []
     for members in groups.values():
         questions = tuple((item.question, item.answer) for item in members)
         pixels = np.asarray(members[0].image.open(), dtype=np.uint8)
         kinds = tuple(item.kind for item in members)
-        scenes.append(Scene(pixels, *implied_labels(questions), questions, kinds))
-    return scenes
+        labels = np.array([implied_labels(questions)])
+        examples.append(Example(pixels, labels, questions, kinds))
+    return examples
 
 
-def draw_scene(rng: np.random.Generator, color: int, shape: int) -> Pixels:
+def draw_picture(rng: np.random.Generator, color: int, shape: int) -> Pixels:
     """A picture of one shape on a plain light background, at a random place and size."""
-    canvas = IMAGE_SIZE * _DRAW_SCALE
+    canvas = DESIGN.image_size * _DRAW_SCALE
     background = tuple(int(v) for v in rng.integers(_BACKGROUND_MIN, 256, 3))
     image = Image.new("RGB", (canvas, canvas), background)
     draw = ImageDraw.Draw(image)
@@ -119,7 +169,7 @@ def draw_scene(rng: np.random.Generator, color: int, shape: int) -> Pixels:
     else:
         corners = [(left, top + height), (left + width, top + height), (left + width / 2, top)]
         draw.polygon(corners, fill=fill)
-    small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    small = image.resize((DESIGN.image_size, DESIGN.image_size), Image.Resampling.BICUBIC)
     return np.asarray(small, dtype=np.uint8)
 
 
@@ -136,10 +186,9 @@ def augment(pixels: Pixels, rng: np.random.Generator, max_shift: int) -> Pixels:
     top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
     shape = pixels[top:bottom, left:right]
     moved = np.broadcast_to(background, pixels.shape).copy()
-    y = rng.integers(max(0, top - max_shift), min(IMAGE_SIZE - (bottom - top), top + max_shift) + 1)
-    x = rng.integers(
-        max(0, left - max_shift), min(IMAGE_SIZE - (right - left), left + max_shift) + 1
-    )
+    side = len(pixels)
+    y = rng.integers(max(0, top - max_shift), min(side - (bottom - top), top + max_shift) + 1)
+    x = rng.integers(max(0, left - max_shift), min(side - (right - left), left + max_shift) + 1)
     moved[y : y + bottom - top, x : x + right - left] = shape
     return moved
 
@@ -176,76 +225,3 @@ def sample_questions(
         question = pool[rng.integers(len(pool))]
         chosen.append((question, answer_question(question, COLORS[color], SHAPES[shape])))
     return tuple(chosen)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Sequences with one image prefix each and all questions on that image behind it.
-
-    A question sees the prefix and itself, and counts its positions from the end of the prefix:
-    each block has the tokens and positions that it has when asked alone.
-
-    Attributes:
-        ids: int64 ``(sequences, length)``, padded at the end.
-        positions: int64 ``(sequences, length)``.
-        blocks: int64 ``(sequences, length)``: 0 prefix, 1.. questions, -1 padding.
-        targets: int64 ``(sequences, length)``: the token that must follow, UNKNOWN where any may.
-        question: int64 ``(sequences, length)``: running number of the question within the batch
-            where there is a target, else -1.
-    """
-
-    ids: Ids
-    positions: Ids
-    blocks: Ids
-    targets: Ids
-    question: Ids
-
-
-class Packer:
-    """Turns questions into packed token sequences; remembers the tokens of each text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
-        self._cache: dict[tuple[str, str], tuple[list[int], int]] = {}
-        self.image_start = len(self._encode(USER))
-        self.prefix = self._encode(USER + IMAGE * IMAGE_TOKENS)
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    def block(self, question: str, answer: str) -> tuple[list[int], int]:
-        """The tokens of one question with its answer, and how many of them are the prompt."""
-        key = question, answer
-        if key not in self._cache:
-            prompt = self._encode(question + ASSISTANT)
-            self._cache[key] = (prompt + self._encode(answer + END), len(prompt))
-        return self._cache[key]
-
-    def pack(self, questions: Sequence[Sequence[tuple[str, str]]]) -> PackedBatch:
-        """One sequence per picture, from the questions on each."""
-        blocks = [[self.block(*pair) for pair in pairs] for pairs in questions]
-        start = len(self.prefix)
-        length = start + max(sum(len(ids) for ids, _ in row) for row in blocks)
-        shape = (len(blocks), length)
-        ids = np.full(shape, self._tokenizer.pad_token_id, dtype=np.int64)
-        positions = np.zeros(shape, dtype=np.int64)
-        block = np.full(shape, -1, dtype=np.int64)
-        targets = np.full(shape, UNKNOWN, dtype=np.int64)
-        question = np.full(shape, -1, dtype=np.int64)
-        ids[:, :start] = self.prefix
-        positions[:, :start] = np.arange(start)
-        block[:, :start] = 0
-        number = 0
-        for row, members in enumerate(blocks):
-            at = start
-            for index, (tokens, prompt) in enumerate(members, start=1):
-                end = at + len(tokens)
-                ids[row, at:end] = tokens
-                positions[row, at:end] = np.arange(start, start + len(tokens))
-                block[row, at:end] = index
-                targets[row, at + prompt - 1 : end - 1] = tokens[prompt:]
-                question[row, at + prompt - 1 : end - 1] = number
-                number += 1
-                at = end
-        return PackedBatch(ids, positions, block, targets, question)

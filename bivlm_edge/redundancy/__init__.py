@@ -1,0 +1,1 @@
+"""How many image tokens a model needs: controls, runs, statistics and pages. Needs no torch."""

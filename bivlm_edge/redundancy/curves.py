@@ -1,0 +1,223 @@
+"""From answers to curves over the number of image tokens: what passes, what it is worth."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bivlm_edge.redundancy import statistics
+from bivlm_edge.redundancy.answering import Answers
+from bivlm_edge.redundancy.questions import Questions
+from bivlm_edge.redundancy.statistics import Bracket, Difference, Values
+from bivlm_edge.runtime.evaluate import Score, normalized
+
+ALL = "all"
+SHARES = (0.90, 0.95, 0.99)  # of the gain
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One selector at one number of tokens.
+
+    Attributes:
+        correct: `[questions]`, mean over the seeds.
+        flips: Share of the answers that differ from those with all tokens.
+        kept_tokens: Mean tokens of a prompt in the KV cache.
+        digest: SHA-256 of the vectors of correctness, 16 digits.
+        seeds: Runs.
+    """
+
+    correct: Values
+    flips: float
+    kept_tokens: float
+    digest: str
+    seeds: int
+
+    @classmethod
+    def of(cls, runs: Sequence[Answers], questions: Questions, full: Sequence[str]) -> Measured:
+        """Put runs that differ by their seed together.
+
+        Args:
+            runs: One or more.
+            questions: What was asked.
+            full: The answers with all tokens.
+        """
+        correct = np.stack([questions.correct(run.texts) for run in runs])
+        flips = [
+            normalized(text) != normalized(other)
+            for run in runs
+            for text, other in zip(run.texts, full, strict=True)
+        ]
+        digest = hashlib.sha256(np.packbits(correct.astype(np.bool_), axis=1).tobytes())
+        return cls(
+            correct.mean(axis=0),
+            float(np.mean(flips)),
+            float(np.mean([run.kept_tokens for run in runs])),
+            digest.hexdigest()[:16],
+            len(runs),
+        )
+
+
+class Judge:
+    """Tells which numbers of tokens are enough, overall and by kind of question.
+
+    Attributes:
+        subsets: Indices of the questions: ALL, and each kind if there are several.
+    """
+
+    def __init__(
+        self,
+        questions: Questions,
+        tolerance: float,
+        image_tokens: int,
+        full: Measured,
+        no_image: Measured,
+    ) -> None:
+        """Take the two ends of every curve.
+
+        Args:
+            questions: What was asked.
+            tolerance: Loss of accuracy that passes.
+            image_tokens: Of one image.
+            full: With all of them.
+            no_image: With none.
+        """
+        self._pictures = questions.picture_of
+        self._tolerance = tolerance
+        self._image_tokens = image_tokens
+        self._full = full
+        self._no_image = no_image
+        self.subsets: dict[str, NDArray[np.int64]] = {ALL: np.arange(len(questions.items))}
+        kinds = questions.kinds
+        if len(kinds) > 1:
+            self.subsets.update(kinds)
+
+    def tolerance(self, subset: str) -> float:
+        """Return what is asked for; of a kind with too few questions for it, what they resolve."""
+        if subset == ALL:
+            return self._tolerance
+        resolved = statistics.resolvable_tolerance(len(self.subsets[subset]))
+        return max(self._tolerance, resolved)
+
+    def difference(self, measured: Measured, subset: str = ALL) -> Difference:
+        """Return the paired difference to all tokens."""
+        of = self.subsets[subset]
+        return statistics.paired_difference(
+            measured.correct[of], self._full.correct[of], self._pictures[of]
+        )
+
+    def bracket(self, found: Mapping[int, Measured], subset: str = ALL) -> Bracket:
+        """Return where the smallest sufficient number lies, by the runs so far."""
+        return statistics.envelope(
+            {kept: self._passes(kept, measured, subset) for kept, measured in found.items()}
+        )
+
+    def summary(self, found: Mapping[int, Measured], tested: Sequence[int]) -> dict[str, Any]:
+        """Return what a curve says.
+
+        Args:
+            found: All that was measured of a selector.
+            tested: The numbers that all selectors were tested at; the area is over these, so that
+                selectors can be compared.
+        """
+        gains = self._gains(found, ALL)
+        at_grid = {kept: gains[kept] for kept in tested} if gains else {}
+        return {
+            **self._need(found, ALL),
+            "tokens_for_gain": {
+                f"{share:.0%}": statistics.tokens_for(gains, share) if gains else None
+                for share in SHARES
+            },
+            "area": statistics.area_under(at_grid),
+            "kinds": {
+                kind: {"questions": len(self.subsets[kind]), **self._need(found, kind)}
+                for kind in self.subsets
+                if kind != ALL
+            },
+        }
+
+    def curve(
+        self, found: Mapping[int, Measured], random: Mapping[int, Measured] | None
+    ) -> list[dict[str, Any]]:
+        """Return a point for each number of tokens, rising.
+
+        Args:
+            found: Of a selector.
+            random: Of random selection, to compare with; None: nothing is compared.
+        """
+        gains = self._gains(found, ALL)
+        return [
+            self._point(kept, found[kept], gains.get(kept), (random or {}).get(kept))
+            for kept in sorted(found)
+        ]
+
+    def _point(
+        self, kept: int, measured: Measured, gain: float | None, random: Measured | None
+    ) -> dict[str, Any]:
+        difference = self.difference(measured)
+        passes = self._passes(kept, measured, ALL)
+        n = len(measured.correct)
+        accuracy = float(measured.correct.mean())
+        is_end = kept in (0, self._image_tokens)
+        return {
+            "kept": kept,
+            "accuracy": accuracy,
+            "interval": interval(accuracy, n),
+            "difference": difference.mean,
+            "difference_low": 0.0 if kept == self._image_tokens else difference.low,
+            "passes": passes,
+            "undecided": not passes and difference.mean >= -self._tolerance,
+            "flips": measured.flips,
+            "gain": gain,
+            "prompt_tokens": measured.kept_tokens,
+            "seeds": measured.seeds,
+            "digest": measured.digest,
+            "minus_random": None if random is None or is_end else self._minus(measured, random),
+            "kinds": {
+                kind: float(measured.correct[of].mean())
+                for kind, of in self.subsets.items()
+                if kind != ALL
+            },
+        }
+
+    def _minus(self, measured: Measured, random: Measured) -> dict[str, Any]:
+        mean, low, high = statistics.two_sided(measured.correct, random.correct, self._pictures)
+        return {"mean": mean, "interval": [low, high]}
+
+    def _passes(self, kept: int, measured: Measured, subset: str) -> bool:
+        # all tokens are the reference itself: nothing to estimate
+        if kept == self._image_tokens:
+            return True
+        return self.difference(measured, subset).low >= -self.tolerance(subset)
+
+    def _need(self, found: Mapping[int, Measured], subset: str) -> dict[str, Any]:
+        bracket = self.bracket(found, subset)
+        return {
+            "tolerance": self.tolerance(subset),
+            "k_star": bracket.enough,
+            "k_failed": bracket.failed if bracket.failed >= 0 else None,
+            "redundancy": 1 - bracket.enough / self._image_tokens,
+        }
+
+    def _gains(self, found: Mapping[int, Measured], subset: str) -> dict[int, float]:
+        """The share of the gain from no image to all tokens; empty if there is none."""
+        of = self.subsets[subset]
+        none = float(self._no_image.correct[of].mean())
+        full = float(self._full.correct[of].mean())
+        if full <= none:
+            return {}
+        return {
+            kept: (float(measured.correct[of].mean()) - none) / (full - none)
+            for kept, measured in found.items()
+        }
+
+
+def interval(accuracy: float, n: int) -> list[float]:
+    """Return the 95 % Wilson score interval."""
+    score = Score.of(round(accuracy * n), n)
+    return [score.low, score.high]

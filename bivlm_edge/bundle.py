@@ -19,6 +19,7 @@ PROBE_BLOCK_BYTES = 4096
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+PROMPT = "prompt.json"  # text round a question, for bivlm-device: export/prompt_frame.py
 REPORT = "export_report.json"
 
 
@@ -75,8 +76,8 @@ class Manifest:
         version: BUNDLE_VERSION of the writer.
         name: Name of the source checkpoint.
         family: Model family, e.g. "llava".
-        files: Records under the roles "graph" and "data", and where recorded "tokenizer" and
-            "chat_template".
+        files: Records under the roles "graph" and "data", and where recorded "tokenizer",
+            "chat_template" and "prompt".
         data_name: File name of the data as the graph stores it: it cannot be renamed.
         layers: Decoder layers (length of the KV cache).
         kv_heads: Key-value heads per decoder layer.
@@ -237,8 +238,8 @@ def check_files(paths: BundlePaths, manifest: Manifest, *, whole: bool) -> None:
         paths: The bundle.
         manifest: Its manifest.
         whole: Compare the SHA-256 of all bytes of graph and data; else only size and probe, which
-            touch about 1 MiB of a large file and leave its pages alone. Tokenizer and chat
-            template are small and always compared whole.
+            touch about 1 MiB of a large file and leave its pages alone. Tokenizer, chat
+            template and prompt are small and always compared whole.
 
     Raises:
         BundleError: A file is missing, renamed, truncated or from another export.
@@ -256,6 +257,7 @@ def check_files(paths: BundlePaths, manifest: Manifest, *, whole: bool) -> None:
         ("data", paths.data, weights),
         ("tokenizer", paths.assets / TOKENIZER, text),
         ("chat_template", paths.assets / CHAT_TEMPLATE, text),
+        ("prompt", paths.assets / PROMPT, text),
     ):
         if role not in manifest.files:
             continue

@@ -11,12 +11,13 @@ from bivlm_edge.bundle import BundlePaths, ImageSpec, Manifest
 from bivlm_edge.config import ExportConfig
 from bivlm_edge.errors import CheckpointError, UnsupportedModelError
 from bivlm_edge.export.parts import kv_geometry
+from bivlm_edge.export.prompt_frame import write_prompt_frames
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.families import mean_color
 
 
 def write_assets(vlm: VisionLanguageModel, folder: Path) -> None:
-    """Write tokenizer and chat template.
+    """Write tokenizer, chat template and the text that it puts round a question.
 
     Raises:
         UnsupportedModelError: The tokenizer has no form that the `tokenizers` library reads.
@@ -29,6 +30,7 @@ def write_assets(vlm: VisionLanguageModel, folder: Path) -> None:
         )
     (folder / bundle.TOKENIZER).write_text(backend.to_str(pretty=True), encoding="utf-8")
     (folder / bundle.CHAT_TEMPLATE).write_text(vlm.chat_template, encoding="utf-8")
+    write_prompt_frames(vlm, folder)
 
 
 def write_manifest(
@@ -45,6 +47,7 @@ def write_manifest(
             "data": bundle.file_record(paths.data),
             "tokenizer": bundle.file_record(paths.assets / bundle.TOKENIZER),
             "chat_template": bundle.file_record(paths.assets / bundle.CHAT_TEMPLATE),
+            "prompt": bundle.file_record(paths.assets / bundle.PROMPT),
         },
         data_name=paths.data.name,
         layers=layers,

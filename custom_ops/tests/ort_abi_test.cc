@@ -17,6 +17,7 @@ static_assert(ORT_API_VERSION >= 17);
   static_assert(offsetof(OrtApi, name) == ours::name::kSlot * sizeof(void*)); \
   static_assert(ours::name::kSlot < sizeof(ours::Api) / sizeof(void*));
 BIVLM_ORT_API_FUNCTIONS(BIVLM_CHECK_SLOT)
+BIVLM_ORT_SESSION_FUNCTIONS(BIVLM_CHECK_SLOT)
 #undef BIVLM_CHECK_SLOT
 static_assert(sizeof(ours::Api) <= sizeof(OrtApi));
 static_assert(offsetof(OrtApiBase, GetApi) == offsetof(ours::ApiBase, get_api));
@@ -67,6 +68,8 @@ BIVLM_CHECK_VALUE(ours::Characteristic::kRequired, INPUT_OUTPUT_REQUIRED)
 BIVLM_CHECK_VALUE(ours::Characteristic::kOptional, INPUT_OUTPUT_OPTIONAL)
 BIVLM_CHECK_VALUE(ours::MemoryType::kDefault, OrtMemTypeDefault)
 BIVLM_CHECK_VALUE(ours::AttributeType::kInt, ORT_OP_ATTR_INT)
+BIVLM_CHECK_VALUE(ours::AllocatorType::kDevice, OrtDeviceAllocator)
+BIVLM_CHECK_VALUE(ours::LoggingLevel::kFatal, ORT_LOGGING_LEVEL_FATAL)
 #undef BIVLM_CHECK_VALUE
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The part of the ONNX Runtime C API that the custom operators use, restated at API version 17, so
-// that the library builds without ONNX Runtime's headers and never links to it.
+// The part of the ONNX Runtime C API that the custom operators and bivlm-device use, restated at
+// API version 17, so that both build without ONNX Runtime's headers and never link to it.
 //
 // OrtApi is a table of function pointers to which versions only append, so a slot number is valid
 // for ever. tests/ort_abi_test.cc compares every number below with the official headers.
@@ -13,14 +13,21 @@ namespace bivlm::ort {
 
 inline constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17
 
+struct Allocator;
 struct CustomOpDomain;
+struct Env;
+struct IoBinding;
 struct KernelContext;
 struct KernelInfo;
+struct MemoryInfo;
 struct OpAttr;
+struct RunOptions;
+struct Session;
 struct SessionOptions;
 struct ShapeInferContext;
 struct Status;
 struct TensorTypeAndShapeInfo;
+struct TypeInfo;
 struct Value;
 
 enum class ErrorCode : int {
@@ -44,6 +51,8 @@ enum class ElementType : int {
 enum class Characteristic : int { kRequired = 0, kOptional = 1 };
 enum class MemoryType : int { kDefault = 0 };
 enum class AttributeType : int { kInt = 1 };
+enum class AllocatorType : int { kDevice = 0 };
+enum class LoggingLevel : int { kFatal = 4 };
 
 // OrtApi. The table of a newer ONNX Runtime is longer.
 struct Api {
@@ -67,7 +76,7 @@ struct ApiFunction<slot, Result(Arguments...)> {
   }
 };
 
-// name, slot, signature
+// What the operators call: name, slot, signature.
 #define BIVLM_ORT_API_FUNCTIONS(F)                                                                \
   F(CreateStatus, 0, Status*(ErrorCode, const char* message))                                     \
   F(GetErrorMessage, 2, const char*(const Status*))                                               \
@@ -118,9 +127,48 @@ struct ApiFunction<slot, Result(Arguments...)> {
     Status*(const KernelContext*, void (*body)(void* user, std::size_t index), std::size_t total, \
             std::size_t batches, void* user))
 
+// What a program calls that opens a model and runs it: name, slot, signature.
+#define BIVLM_ORT_SESSION_FUNCTIONS(F)                                                             \
+  F(CreateEnv, 3, Status*(LoggingLevel, const char* name, Env**))                                  \
+  F(CreateSession, 7, Status*(const Env*, const char* path, const SessionOptions*, Session**))     \
+  F(CreateSessionOptions, 10, Status*(SessionOptions**))                                           \
+  F(SetSessionLogSeverityLevel, 22, Status*(SessionOptions*, int level))                           \
+  F(SetIntraOpNumThreads, 24, Status*(SessionOptions*, int threads))                               \
+  F(SessionGetInputCount, 30, Status*(const Session*, std::size_t*))                               \
+  F(SessionGetOutputCount, 31, Status*(const Session*, std::size_t*))                              \
+  F(SessionGetOverridableInitializerCount, 32, Status*(const Session*, std::size_t*))              \
+  F(SessionGetInputTypeInfo, 33, Status*(const Session*, std::size_t index, TypeInfo**))           \
+  F(SessionGetInputName, 36, Status*(const Session*, std::size_t index, Allocator*, char** name))  \
+  F(SessionGetOutputName, 37, Status*(const Session*, std::size_t index, Allocator*, char** name)) \
+  F(SessionGetOverridableInitializerName, 38,                                                      \
+    Status*(const Session*, std::size_t index, Allocator*, char** name))                           \
+  F(CreateTensorWithDataAsOrtValue, 49,                                                            \
+    Status*(const MemoryInfo*, void* data, std::size_t bytes, const int64_t* dims,                 \
+            std::size_t rank, ElementType, Value**))                                               \
+  F(CastTypeInfoToTensorInfo, 55, Status*(const TypeInfo*, const TensorTypeAndShapeInfo**))        \
+  F(CreateCpuMemoryInfo, 69, Status*(AllocatorType, MemoryType, MemoryInfo**))                     \
+  F(AllocatorFree, 76, Status*(Allocator*, void*))                                                 \
+  F(GetAllocatorWithDefaultOptions, 78, Status*(Allocator**))                                      \
+  F(ReleaseEnv, 92, void(Env*))                                                                    \
+  F(ReleaseMemoryInfo, 94, void(MemoryInfo*))                                                      \
+  F(ReleaseSession, 95, void(Session*))                                                            \
+  F(ReleaseValue, 96, void(Value*))                                                                \
+  F(ReleaseTypeInfo, 98, void(TypeInfo*))                                                          \
+  F(ReleaseSessionOptions, 100, void(SessionOptions*))                                             \
+  F(RunWithBinding, 133, Status*(Session*, const RunOptions*, const IoBinding*))                   \
+  F(CreateIoBinding, 134, Status*(Session*, IoBinding**))                                          \
+  F(ReleaseIoBinding, 135, void(IoBinding*))                                                       \
+  F(BindInput, 136, Status*(IoBinding*, const char* name, const Value*))                           \
+  F(BindOutput, 137, Status*(IoBinding*, const char* name, const Value*))                          \
+  F(BindOutputToDevice, 138, Status*(IoBinding*, const char* name, const MemoryInfo*))             \
+  F(GetBoundOutputValues, 140,                                                                     \
+    Status*(const IoBinding*, Allocator*, Value*** values, std::size_t* count))                    \
+  F(RegisterCustomOpsLibrary_V2, 228, Status*(SessionOptions*, const char* path))
+
 struct CustomOp;
 #define BIVLM_DECLARE_API_FUNCTION(name, slot, ...) using name = ApiFunction<slot, __VA_ARGS__>;
 BIVLM_ORT_API_FUNCTIONS(BIVLM_DECLARE_API_FUNCTION)
+BIVLM_ORT_SESSION_FUNCTIONS(BIVLM_DECLARE_API_FUNCTION)
 #undef BIVLM_DECLARE_API_FUNCTION
 
 // OrtCustomOp as of version 17. Members that stay null are not used by ONNX Runtime, because those

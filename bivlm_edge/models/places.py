@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPREAD = 1.5  # tokens; half the distance between kept ones at a tenth of a square picture
+_LARGEST = 127
 
 Places = NDArray[np.float32]
 
@@ -18,11 +19,12 @@ def grid(rows: int, columns: int) -> Places:
 NOWHERE = np.full((1, 2), np.nan, np.float32)  # of a token that belongs to no place
 
 
-def features(places: Places) -> NDArray[np.float32]:
-    """Return features ``(tokens, width)`` of norm 1 whose products fall off with distance.
+def features(places: Places) -> NDArray[np.int8]:
+    """Return features ``(tokens, width)`` whose cosines fall off with distance.
 
-    The product of two tokens at distance d is exp(-d^2 / (2 SPREAD^2)), to 0.03; that
-    of a token without a place with any other is 0.
+    The cosine of two tokens at distance d is exp(-d^2 / (2 SPREAD^2)), to 0.03; that of a token
+    without a place with any other is 0. Integers: places that are alike are exactly alike, so that
+    every implementation breaks their ties alike.
 
     Args:
         places: Row and column of each token, NaN for one without a place: ``(tokens, 2)``.
@@ -33,8 +35,8 @@ def features(places: Places) -> NDArray[np.float32]:
     table = np.zeros((len(places), placed.shape[1] + int((~is_placed).sum())), np.float32)
     table[is_placed, : placed.shape[1]] = placed
     table[~is_placed, placed.shape[1] :] = np.eye(int((~is_placed).sum()))
-    normed: NDArray[np.float32] = table / np.linalg.norm(table, axis=1, keepdims=True)
-    return normed
+    whole: NDArray[np.float32] = np.rint(_LARGEST * table / table.max(axis=1, keepdims=True))
+    return whole.astype(np.int8)
 
 
 def _bumps(axis: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -130,7 +130,7 @@ class VisionLanguageModel:
         of_features = {"distance": saliency.distance, "norm": saliency.norm}.get(score)
         return features, None if of_features is None else of_features(features)
 
-    def place_features(self) -> NDArray[np.float32]:
+    def place_features(self) -> NDArray[np.int8]:
         """Return features of the places of a picture's tokens, ``(image_tokens, width)``."""
         return places.features(self.family.token_places(self.module))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,3 +129,14 @@ def test_the_benchmark_measures_every_fraction(float_pruned: BundlePaths) -> Non
     less = whole["kv_cache_bytes"] - half["kv_cache_bytes"]
     assert less == dropped * whole["kv_cache_bytes_per_token"]
     assert half["memory"]["after_run"]["vm_hwm"] > 0
+
+
+def test_two_bits_with_the_default_selection_are_exported(
+    tmp_path: Path, pictures: list[VqaItem]
+) -> None:
+    """Scores of rounded features break the ties of places otherwise than torch's."""
+    config = ExportConfig(QuantConfig(calibration_samples=8), PruneConfig(keep_ratio=0.25))
+    session = load(export_reference(tmp_path, config).graph, threads=1)
+    step, ids, _ = prefill(session, pictures[0])
+    is_image = ids == session.manifest.image_token_id
+    assert np.count_nonzero(is_image[step.kept]) == KEPT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -299,6 +300,28 @@ def test_importance_is_the_root_mean_square_gradient_and_finds_the_answers_token
     assert (rows[:, [6, 7]].sum(dim=1) > rows[:, others].sum(dim=1)).all()
     again = token_importance(module, sequences, batches, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(weights[last], again[last], strict=True))
+
+
+class Chain(nn.Module):
+    """Logits behind two layers; the second passes everything on, thrice as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64, bias=False)
+        self.second.weight.data = 3 * torch.eye(64)
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.second(self.first(x)))
+
+
+def test_errors_of_different_layers_add_up_to_one_divergence() -> None:
+    torch.manual_seed(0)
+    module = Chain()
+    batches = [{"x": torch.randn(2, 5, 64), "labels": torch.zeros(2, 5, dtype=torch.long)}]
+    weights = token_importance(module, [Part("decoder", [("", module)])], batches, seed=0)
+    # an error before the second layer is thrice as large behind it: nine times the divergence
+    torch.testing.assert_close(weights["first"][0], 9 * weights["second"][0])
 
 
 def test_fisher_directions_have_the_softmax_covariance() -> None:

@@ -229,11 +229,8 @@ def _setting(
     reads_text: bool,
 ) -> Setting:
     """Check data and calibration against the kind of model, before anything runs."""
-    if reads_text:
-        own_data = TEST_TEXT
-    else:
-        own_data = model if model in DATA_SETS else EASY_VQA_NAME
-    chosen = data or own_data
+    questions = model if model in DATA_SETS else EASY_VQA_NAME
+    chosen = data or (TEST_TEXT if reads_text else questions)
     is_questions = chosen in DATA_SETS or chosen.endswith(".jsonl")
     if is_questions == reads_text:
         kind, wants = (

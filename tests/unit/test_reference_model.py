@@ -27,7 +27,7 @@ from bivlm_edge.reference.easy_vqa import (
 )
 from bivlm_edge.reference.packing import Packer
 from bivlm_edge.reference.task import UNKNOWN, Example, Stage
-from bivlm_edge.reference.train import Trainee, answer_logits, weight_noise
+from bivlm_edge.reference.train import Trainee, answer_questions, weight_noise
 
 SIZE_LIMIT_MB = 16
 CLASSES = (len(COLORS), len(SHAPES))
@@ -176,16 +176,19 @@ def test_packed_questions_score_as_they_do_alone(model: Any, processor: Any) -> 
     packer = Packer(processor.tokenizer, DESIGN.image_tokens)
     example = Example(pixels, np.array([[2, 1]]), pairs, ())
     with torch.no_grad():
-        logits, targets, number = answer_logits(
-            Trainee(model, CLASSES), [example], processor, packer
-        )
+        given = answer_questions(Trainee(model, CLASSES), [example], processor, packer)
         for index, (question, truth) in enumerate(pairs):
             text = f"<|user|><image>{question}<|assistant|>{truth}</s>"
             inputs = processor(images=pixels, text=text, return_tensors="pt")
             alone = model(**inputs).logits[0, -3:-1]
-            assert targets[number == index].tolist() == inputs["input_ids"][0, -2:].tolist()
+            assert (
+                given.targets[given.question == index].tolist()
+                == inputs["input_ids"][0, -2:].tolist()
+            )
             # Float32 sums in another order through eight layers.
-            torch.testing.assert_close(logits[number == index], alone, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(
+                given.logits[given.question == index], alone, atol=1e-3, rtol=1e-4
+            )
 
 
 def test_weight_noise_is_gone_after_the_block(model: Any) -> None:

@@ -24,6 +24,7 @@ from bivlm_edge.export.graph_pieces import (
     take_apart,
     vector,
 )
+from bivlm_edge.export.graph_positions import closed_positions, positions_at
 from bivlm_edge.export.leading_layers import (
     Leading,
     Run,
@@ -164,7 +165,7 @@ def join_parts(
         _describe(found[2], ir.DataType.INT64, [*axes, "batch", "kept"])
         states = [hidden, found[2]]
     else:
-        states = [hidden, _at(main, position_ids, kept, options)]
+        states = [hidden, positions_at(main, position_ids, kept, options.position_axes)]
     states += _cache_lengths(main, past_length, past[0], kept)
     for value, given in zip(decoder_part.inputs, states, strict=False):
         ir.convenience.replace_all_uses_with(value, given)
@@ -305,7 +306,7 @@ def _picture_branch(
             normed, cos, sin, present = compacted(tape, found, kept, *lengths)
             outputs += [normed, cos, sin, *present]
         if options.prune.positions == "contiguous":
-            outputs.append(_closed_positions(tape, pictures.position_ids, outputs[1], options))
+            outputs.append(_closed(tape, pictures, outputs[1], options))
     return _branch(tape, pictures, outputs)
 
 
@@ -346,7 +347,7 @@ def _prune_in_tower(
     )
     if options.prune.positions == "keep":
         return list(outputs)
-    return [*outputs, _closed_positions(tape, pictures.position_ids, outputs[1], options)]
+    return [*outputs, _closed(tape, pictures, outputs[1], options)]
 
 
 def _scores(
@@ -438,50 +439,10 @@ def _prune(
     return [pruned, kept]
 
 
-def _at(tape: Tape, position_ids: ir.Value, indices: ir.Value, options: GraphOptions) -> ir.Value:
-    """Return the positions of tokens at `indices`, `(batch, kept)`, on all axes."""
-    if options.position_axes == 1:
-        return tape.op("GatherElements", [position_ids, indices], {"axis": 1})
-    sizes = [vector(tape, [options.position_axes], "axes"), tape.op("Shape", [indices])]
-    indices = tape.op("Expand", [indices, tape.op("Concat", sizes, {"axis": 0})])
-    return tape.op("GatherElements", [position_ids, indices], {"axis": 2})
-
-
-def _closed_positions(
-    tape: Tape, position_ids: ir.Value, kept: ir.Value, options: GraphOptions
-) -> ir.Value:
-    """Return the positions of the kept tokens without gaps: `positions.without_gaps`."""
-    rows = low = high = _at(tape, position_ids, kept, options)
-    along_row = 1 if options.position_axes == 1 else 2
-    first = tape.op(
-        "Slice", [position_ids, *(vector(tape, [v], f"first_{v}") for v in (0, 1, along_row))]
+def _closed(tape: Tape, pictures: _Pictures, kept: ir.Value, options: GraphOptions) -> ir.Value:
+    return closed_positions(
+        tape, pictures.position_ids, kept, options.position_axes, options.context
     )
-    if options.position_axes == 3:
-        over_axes = vector(tape, [0], "over_axes")
-        low, high, first = (
-            tape.op(kind, [value, over_axes], {"keepdims": 0})
-            for kind, value in (("ReduceMin", rows), ("ReduceMax", rows), ("ReduceMin", first))
-        )
-        high = _running_largest(tape, high, options.context)
-    one = scalar(tape, 1, "one_position")
-    before = tape.op("Slice", [high, *(vector(tape, [v], f"before_{v}") for v in (0, -1, 1))])
-    behind = tape.op("Concat", [tape.op("Sub", [first, one]), before], {"axis": 1})
-    gaps = tape.op("Sub", [tape.op("Sub", [low, behind]), one])
-    gaps = tape.op("Max", [gaps, scalar(tape, 0, "no_gap")])
-    return tape.op("Sub", [rows, tape.op("CumSum", [gaps, scalar(tape, 1, "along_row")])])
-
-
-def _running_largest(tape: Tape, values: ir.Value, longest: int) -> ir.Value:
-    """Return the largest of each value and those before it on axis 1, of up to `longest`."""
-    lowest = scalar(tape, -1, "below_all_positions")
-    step = 1
-    while step < longest:
-        pads = vector(tape, [0, step, 0, 0], f"pads_{step}")
-        moved = tape.op("Pad", [values, pads, lowest])
-        ends = (vector(tape, [v], f"moved_{v}") for v in (0, -step, 1))
-        values = tape.op("Max", [values, tape.op("Slice", [moved, *ends])])
-        step *= 2
-    return values
 
 
 def _text_branch(pictures: _Pictures, options: GraphOptions) -> ir.Graph:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +19,7 @@ from bivlm_edge.cli.common import (
     split_names,
     unwind_on_sigterm,
 )
+from bivlm_edge.cli.keep_tokens import check_auto, chooser
 from bivlm_edge.config import (
     DEFAULT_BITS,
     DEFAULT_METRIC,
@@ -38,9 +37,8 @@ from bivlm_edge.config import (
     QuantConfig,
     check_bits_are_read,
 )
-from bivlm_edge.datasets import DATA_SETS, EASY_VQA_NAME, VqaItem
-from bivlm_edge.errors import RequestError
-from bivlm_edge.pruning import AUTO, KeepChoice, parse_fraction
+from bivlm_edge.datasets import DATA_SETS, EASY_VQA_NAME
+from bivlm_edge.pruning import parse_fraction
 from bivlm_edge.quant import methods
 from bivlm_edge.report import export_tables
 
@@ -309,7 +307,7 @@ def export(
     # Options are checked before torch loads: a wrong one answers at once.
     check_bits_are_read(method, bits)
     fraction = parse_fraction(keep_tokens)
-    _check_auto(fraction, tolerance, validation, validation_questions)
+    check_auto(fraction, tolerance, validation, validation_questions)
     if fraction is None and tolerance is None:
         tolerance = DEFAULT_TOLERANCE
     config = ExportConfig(
@@ -377,7 +375,7 @@ def export(
             if fraction is None and tell is not None:
                 of_model = EASY_VQA_NAME if model is None else vlm.training_data
                 named = of_model if calibration is None else str(calibration)
-                choose = _chooser(items, named, validation, validation_questions, config, tell)
+                choose = chooser(items, named, validation, validation_questions, config, tell)
             result = export_model(
                 vlm,
                 items,
@@ -394,67 +392,6 @@ def export(
     show(*export_tables(target.name, result.report))
     if result.report["keep_tokens"] is not None:
         typer.echo(result.report["keep_tokens"]["message"])
-
-
-def _check_auto(
-    fraction: float | None, tolerance: float | None, data: str | None, questions: int | None
-) -> None:
-    """Refuse options of `--keep-tokens auto` that nothing would read."""
-    if questions is not None and questions < 1:
-        raise RequestError(
-            f"--validation-questions {questions} leaves no question to ask. Give 1 or more."
-        )
-    if fraction is None:
-        return
-    for option, value in (
-        ("--tolerance", tolerance),
-        ("--validation", data),
-        ("--validation-questions", questions),
-    ):
-        if value is not None:
-            raise RequestError(
-                f"{option} {value} is read with --keep-tokens {AUTO} alone. Leave it out, or give "
-                f"--keep-tokens {AUTO} in place of {fraction:g}."
-            )
-
-
-def _chooser(
-    items: Sequence[VqaItem],
-    calibration: str | None,
-    data: str | None,
-    questions: int | None,
-    config: ExportConfig,
-    tell: Callable[[str, int, int], None],
-) -> Callable[[Path], KeepChoice]:
-    """Return what chooses the number of tokens; the questions are read first: errors come early.
-
-    Args:
-        items: What calibration draws from.
-        calibration: `--calibration`, or the data set that the checkpoint names.
-        data: `--validation`.
-        questions: `--validation-questions`.
-        config: Of the export, with a tolerance.
-        tell: Shows progress.
-    """
-    from bivlm_edge.redundancy import automatic
-    from bivlm_edge.tuning import drawn_items
-
-    tolerance, quant = config.prune.tolerance, config.quant
-    assert tolerance is not None
-    # without --calibration other checkpoints are calibrated on a data set that is not theirs
-    own = () if calibration is None else items
-    named = calibration if calibration in DATA_SETS else None
-    name, asked = automatic.validation_questions(
-        data, named, own, drawn_items(quant, items), tolerance=tolerance, limit=questions
-    )
-    return partial(
-        automatic.choose_for_file,
-        name=name,
-        questions=asked,
-        tolerance=tolerance,
-        seed=quant.seed,
-        tell=tell,
-    )
 
 
 def _tell_calibration(method: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from bivlm_edge.datasets import VqaItem
 from bivlm_edge.errors import RequestError
 from bivlm_edge.export.exporter import export_model
 from bivlm_edge.models import layer_pruning, load_checkpoint
+from bivlm_edge.redundancy.answering import Model
+from bivlm_edge.redundancy.plan import NO_IMAGE, Run
+from bivlm_edge.redundancy.questions import gather
 from bivlm_edge.runtime import Answerer, load
 from bivlm_edge.runtime.generate import Step, run_step
 from bivlm_edge.runtime.kv_cache import KvCache
@@ -133,6 +137,25 @@ def test_a_second_picture_behind_a_cache(pruned: BundlePaths, pictures: list[Vqa
         assert (mine[:, theirs.shape[1] :] != 0).any(axis=(0, 2)).all()
     for tensor in cache.tensors:
         assert not tensor.numpy()[0, :, cache.tokens + len(ids) :].any()
+
+
+def test_the_analyser_asks_whole_prompts_and_has_a_control_without_image(
+    pruned: BundlePaths, pictures: list[VqaItem]
+) -> None:
+    """A question behind a shared picture would not have seen what the first layers show it."""
+    words = ("what color is the shape?", "is there a circle?")
+    items = [replace(item, question=word) for item in pictures[:6] for word in words]
+    model = Model(pruned.graph, gather(items), threads=1)
+    few = model.session.keeping(3)
+    answerer = Answerer(few)
+    wanted = [
+        answerer.prompts.decode(list(answerer.ask(item.question, answerer.picture(opened))))
+        for item in items
+        for opened in [item.image.open()]
+    ]
+    assert list(model.answers(Run(model.mode, 3)).texts) == wanted
+    blind = model.answers(Run(NO_IMAGE, 0)).texts
+    assert len(set(blind[::2])) == len(set(blind[1::2])) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ Grid = Literal["minmax", "lloyd"]
 Importance = Literal["none", "vlmq", "loss"]
 Tuning = Literal["none", "blocks", "end-to-end", "both"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "dpp", "coverage", "uniform", "random"]
-PruneScore = Literal["attention", "distance", "norm", "text", "none"]
+PruneScore = Literal["attention", "distance", "norm", "text", "last-token", "none"]
 PruneMetric = Literal["features", "places"]
 PositionMode = Literal["keep", "contiguous"]
 Fallback = Literal["nbits", "dense", "none"]
@@ -43,6 +43,7 @@ THETA_MODES = ("mmr", "dpp")
 DEFAULT_SCORES: dict[str, PruneScore] = {"mmr": "distance", "topk_score": "attention"}
 DEFAULT_SCORE_LAYER = -2
 DEFAULT_METRIC: PruneMetric = "places"
+DEFAULT_TOLERANCE = 1.0  # points of accuracy
 
 
 _READ_BY_TUNINGS: dict[str, tuple[str, ...]] = {
@@ -264,7 +265,8 @@ class PruneConfig:
         seed: `random` only.
         score: What makes a token important (models/saliency.py), one of PRUNE_SCORES: attention
             received in the vision tower, distance from the picture's mean token or norm of the
-            projected features, or nearness to the question. None: the mode's own.
+            projected features, nearness to the question, or (with `layer`) attention received from
+            the last token in the layer before. None: the mode's own.
         score_layer: `attention`: block of the vision tower, counted from the last that runs if
             below 0.
         metric: What makes tokens alike, one of PRUNE_METRICS: their features, or their places in
@@ -274,6 +276,13 @@ class PruneConfig:
             many as that.
         positions: One of POSITION_MODES: kept tokens keep their positions, or close the gaps of
             dropped ones (`positions.without_gaps`).
+        layer: Decoder layer before which tokens are dropped; those before it see all. 0: before the
+            decoder.
+        vision_layer: Block of the vision tower behind which patches are dropped: what follows, the
+            projector and the decoder see the rest alone. None: the tower sees all.
+        tolerance: Points of accuracy that may be lost: the export finds the smallest ratio that
+            loses no more on validation data, and `keep_ratio` becomes that. None: `keep_ratio` is
+            given.
     """
 
     mode: PruneMode = "mmr"
@@ -285,14 +294,23 @@ class PruneConfig:
     metric: PruneMetric | None = None
     keep_rule: str | None = None
     positions: PositionMode = "keep"
+    layer: int = 0
+    vision_layer: int | None = None
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         _require_choice("--prune-mode", self.mode, PRUNE_MODES)
         check_fraction(self.keep_ratio)
+        if self.tolerance is not None and not 0 < self.tolerance < 100:
+            raise RequestError(
+                f"--tolerance {self.tolerance:g} is not between 0 and 100 points of accuracy."
+            )
         self._check_score()
         self._check_metric()
         self._check_theta()
         self._check_rule()
+        self._check_layer()
+        self._check_vision_layer()
         _require_choice("--positions", self.positions, POSITION_MODES)
         if self.positions != "keep" and not self.is_active:
             raise RequestError(
@@ -361,6 +379,59 @@ class PruneConfig:
                 "none here. Add --prune-score, or choose mmr or topk_score."
             )
 
+    def _check_layer(self) -> None:
+        if self.layer < 0:
+            raise RequestError(
+                f"--prune-layer {self.layer} is below 0. 0 drops tokens before the decoder, 2 "
+                "before its layer 2 (the third)."
+            )
+        if self.scores == "last-token" and self.layer == 0:
+            raise RequestError(
+                "--prune-score last-token is the attention in the decoder layer before the "
+                "pruning, and --prune-layer 0 has none before it. Add --prune-layer 1 or more."
+            )
+        if self.layer == 0:
+            return
+        if not self.is_active:
+            raise RequestError(
+                f"--prune-layer {self.layer} changes nothing without pruning. Leave it out, or add "
+                "--keep-tokens 0.5 (any fraction below 1)."
+            )
+        if self.positions != "keep":
+            raise RequestError(
+                f"--positions {self.positions} does not go with --prune-layer {self.layer}: the "
+                "layers before it have seen all tokens at their own positions. Leave one of them "
+                "out."
+            )
+
+    def _check_vision_layer(self) -> None:
+        if self.vision_layer is None:
+            return
+        option = f"--prune-vision-layer {self.vision_layer}"
+        if self.vision_layer < 0:
+            raise RequestError(
+                f"{option} is below 0. 0 drops patches behind the first block of the vision tower."
+            )
+        if not self.is_active:
+            raise RequestError(
+                f"{option} changes nothing without pruning. Leave it out, or add "
+                "--keep-tokens 0.5 (any fraction below 1)."
+            )
+        if self.layer > 0:
+            raise RequestError(
+                f"{option} and --prune-layer {self.layer} are two places. Give one of them."
+            )
+        if self.scores in ("text", "last-token"):
+            raise RequestError(
+                f"--prune-score {self.scores} does not go with {option}: the vision tower does "
+                "not see the text. Choose attention, distance or norm."
+            )
+        if self.keep_rule is not None:
+            raise RequestError(
+                f"--keep-rule {self.keep_rule} does not go with {option}: the pictures of a run "
+                "go through the tower together, with equally many patches. Leave one of them out."
+            )
+
     @property
     def mass(self) -> float | None:
         """The share of `keep_rule`; None without one."""
@@ -392,7 +463,7 @@ class PruneConfig:
     @property
     def is_active(self) -> bool:
         """Whether the graph gets a TokenPrune node."""
-        return self.keep_ratio < 1.0
+        return self.keep_ratio < 1.0 or self.tolerance is not None
 
 
 @dataclass(frozen=True, slots=True)

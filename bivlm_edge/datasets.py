@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from bivlm_edge import scenes
@@ -31,8 +32,12 @@ EASY_VQA = PackageFile(
 )
 _WHEEL_DATA = "easy_vqa/data"
 
-EASY_VQA_SPLITS = ("train", "test")
 CALIBRATION_SPLIT = "train"
+VALIDATION_SPLIT = "validation"
+EASY_VQA_SPLITS = (CALIBRATION_SPLIT, VALIDATION_SPLIT, "test")
+# The pictures of easy-VQA's train split that the bundled model was not trained on: the first of a
+# permutation with the seed of its training (reference/easy_vqa.py).
+_HELD_OUT_SEED, _HELD_OUT_PICTURES = 7, 500
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -123,6 +128,9 @@ def question_kind(answer: str) -> str:
 def load_easy_vqa(split: str) -> list[VqaItem]:
     """The questions of one split of easy-VQA, in the order of its questions.json.
 
+    "validation" is a part of "train": the questions on the 500 pictures that the bundled reference
+    model was not trained on.
+
     Read from where BIVLM_EASY_VQA points (an unzipped `easy_vqa/data` folder or the wheel), else
     from the wheel in the cache, else fetched from the package index into the cache. The wheel is
     never installed, as it carries a top-level package named `test`.
@@ -131,7 +139,10 @@ def load_easy_vqa(split: str) -> list[VqaItem]:
         DataError: the split is unknown, or the data are missing, damaged or cannot be fetched.
     """
     if split not in EASY_VQA_SPLITS:
-        raise DataError(f"easy-VQA has no split '{split}'. Use 'train' or 'test'.")
+        accepted = ", ".join(map(repr, EASY_VQA_SPLITS))
+        raise DataError(f"easy-VQA has no split '{split}'. Use one of {accepted}.")
+    if split == VALIDATION_SPLIT:
+        return _held_out(load_easy_vqa(CALIBRATION_SPLIT))
     location = _locate_easy_vqa()
     if location.is_dir():
         origin = location / split / "questions.json"
@@ -166,6 +177,14 @@ def load_easy_vqa(split: str) -> list[VqaItem]:
     return items
 
 
+def _held_out(train: list[VqaItem]) -> list[VqaItem]:
+    """The questions on the pictures that the bundled model was not trained on."""
+    pictures = list(dict.fromkeys(item.image for item in train))
+    order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(pictures))
+    chosen = {pictures[index] for index in order[:_HELD_OUT_PICTURES]}
+    return [item for item in train if item.image in chosen]
+
+
 def load_scenes(split: str) -> list[VqaItem]:
     """The questions of one split of `scenes`: up to ten kinds on each of its pictures.
 
@@ -190,7 +209,7 @@ class DataSet:
     """A data set that has a name.
 
     Attributes:
-        splits: Names of its splits; CALIBRATION_SPLIT and "test" are among them.
+        splits: Names of its splits; CALIBRATION_SPLIT, VALIDATION_SPLIT and "test" are among them.
         load: The questions of a split.
     """
 

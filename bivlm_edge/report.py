@@ -270,8 +270,32 @@ def export_tables(name: str, report: Mapping[str, Any]) -> list[Table]:
         more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
         files.add_row(f"not quantized: {layers[0]}{more}", reason)
     files.add_row("seconds", f"{report['seconds']:.0f}")
+    tables = [files]
+    if report.get("keep_tokens") is not None:
+        tables.append(_choice_table(report["keep_tokens"]))
     checks = _new_table("validation against torch", ["way"], ["logits error", "bound", "tokens"])
     for way in report["validation"]:
         same = f"{way['tokens'] - way['near_ties']}/{way['tokens']}"
         checks.add_row(way["runtime"], f"{way['logits_error']:.1e}", f"{way['bound']:g}", same)
-    return [files, checks]
+    return [*tables, checks]
+
+
+def _choice_table(choice: Mapping[str, Any]) -> Table:
+    """What each tested number of image tokens gave, and which one was chosen."""
+    table = _new_table(
+        f"tokens of each image: {choice['verdict']}; {choice['questions']:,} questions of "
+        f"{choice['data']}",
+        ["image tokens"],
+        ["accuracy", "difference", "at 95 % at least", "passes"],
+    )
+    for point in reversed(choice["tested"]):
+        chosen = " (chosen)" if point["kept"] == choice["kept"] else ""
+        table.add_row(
+            f"{point['kept']} of {choice['image_tokens']}{chosen}",
+            f"{point['accuracy']:.2%}",
+            f"{100 * point['difference']:+.2f}",
+            f"{100 * point['difference_low']:+.2f}",
+            "yes" if point["passes"] else "no",
+        )
+    table.add_row("another picture", f"{choice['accuracy_shuffled']:.2%}", "", "", "")
+    return table

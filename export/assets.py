@@ -10,7 +10,7 @@ from bivlm_edge import bundle
 from bivlm_edge.bundle import BundlePaths, ImageSpec, Manifest
 from bivlm_edge.config import ExportConfig
 from bivlm_edge.errors import CheckpointError, UnsupportedModelError
-from bivlm_edge.export.parts import kv_geometry
+from bivlm_edge.export.decoder_parts import kv_geometry
 from bivlm_edge.export.prompt_frame import write_prompt_frames
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.families import mean_color

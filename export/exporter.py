@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,26 @@ from torch import nn
 from bivlm_edge import custom_ops_library
 from bivlm_edge.bundle import BundlePaths
 from bivlm_edge.calibration.batches import make_batches
-from bivlm_edge.config import Dtype, ExportConfig, QuantConfig
+from bivlm_edge.config import Dtype, ExportConfig, PruneConfig, QuantConfig
 from bivlm_edge.datasets import VqaItem
 from bivlm_edge.errors import OutputError, RequestError
-from bivlm_edge.export import assets, data_file, functions, parts, schemas, sizes
+from bivlm_edge.export import (
+    assets,
+    data_file,
+    decoder_parts,
+    functions,
+    parts,
+    schemas,
+    sizes,
+    tower_parts,
+)
 from bivlm_edge.export.export_report import Account, build_report, count_parameters
 from bivlm_edge.export.fuse import fuse_shared_inputs
-from bivlm_edge.export.graph import GraphOptions, join_parts
-from bivlm_edge.export.validate import Sample, validate, ways_to_run
-from bivlm_edge.models import VisionLanguageModel
+from bivlm_edge.export.graph import GraphOptions, join_parts, set_default_keep
+from bivlm_edge.export.oracle import Sample
+from bivlm_edge.export.validate import validate, ways_to_run
+from bivlm_edge.models import VisionLanguageModel, tower_pruning
+from bivlm_edge.pruning import KeepChoice
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
 from bivlm_edge.quant.vocabulary import round_vocabulary
 from bivlm_edge.quant.weights import GroupWeight
@@ -39,8 +50,10 @@ from bivlm_edge.tuning import TuningReport, check_tunable, drawn_batches, quanti
 logger = logging.getLogger(__name__)
 
 VALIDATION_SAMPLES = 8
+FIRST_RATIO = 0.5  # of an export whose ratio is chosen: what it is compared with torch at before
 VOCABULARY_NOTE = "vocabulary: 8 bits, counted apart (tables)"
 Progress = Callable[[str, int, int], None]
+Choose = Callable[[Path], KeepChoice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +94,7 @@ def export_model(
     overwrite: bool = False,
     progress: Progress | None = None,
     work_folder: Path | None = None,
+    choose: Choose | None = None,
 ) -> ExportResult:
     """Quantize a checkpoint and write it as one ONNX model.
 
@@ -94,6 +108,9 @@ def export_model(
         overwrite: Replace what is there.
         progress: Called with (what runs, steps done, steps in all).
         work_folder: Where quantization keeps what is finished, see `quantize_model`.
+        choose: Called with the graph, complete and compared with torch, if `prune.tolerance` is
+            given; says how many tokens it keeps of each image. The file is compared once more
+            with that number as its default.
 
     Raises:
         OutputError: The target exists, is not writable, or the disk is full.
@@ -103,10 +120,12 @@ def export_model(
     paths = check_target(target, overwrite=overwrite)
     if not items:
         raise RequestError("no calibration pictures were given; at least one is needed.")
+    if (choose is None) != (config.prune.tolerance is None):
+        raise ValueError("a tolerance and what chooses by it go together")
     custom_ops_library()  # validation needs it: better missed now than after quantizing
     check_tunable(vlm, config.quant)
     if config.prune.is_active:
-        vlm.check_score(config.prune.scores, config.prune.score_layer)
+        check_pruning(vlm, config.prune)
     tell = progress or _tell_nobody
     started = time.perf_counter()
     quantized, tuning = _quantize(vlm, items, config.quant, tell, work_folder)
@@ -115,6 +134,8 @@ def export_model(
     dtype = torch_dtype(config.dtype)
     weights = {**quantized.weights, **vocabulary.head}
     parameters = count_parameters(vlm.module)
+    if choose is not None:
+        config = _keeping(config, FIRST_RATIO)
     with staging(paths, overwrite=overwrite) as staged:
         paused = vlm.streamed.paused() if vlm.streamed else contextlib.nullcontext()
         with parts.installed(vlm, weights, dtype), paused:
@@ -123,13 +144,38 @@ def export_model(
         samples = _validation_samples(vlm, items)
         ways = ways_to_run(written.uses_custom_ops, config.fallback)
         comparisons = validate(staged.graph, vlm, config, samples, ways)
+        choice = None if choose is None else choose(staged.graph)
+        if choice is not None:
+            config = _keeping(config, choice.kept / vlm.image_tokens)
+            set_default_keep(staged.graph, choice.kept)
+            assets.write_manifest(vlm, staged, config, uses_custom_ops=written.uses_custom_ops)
+            comparisons = validate(staged.graph, vlm, config, samples, ways)
         report = build_report(
             vlm, quantized, written.account, comparisons, staged, config, parameters
         )
         report["tuning"] = None if tuning is None else tuning.to_json()
+        report["keep_tokens"] = None if choice is None else choice.account
         report["seconds"] = round(time.perf_counter() - started, 1)
         assets.write_report(report, staged.assets, paths.graph.name)
     return ExportResult(paths, report)
+
+
+def check_pruning(vlm: VisionLanguageModel, prune: PruneConfig) -> None:
+    """Refuse scores and places that a model does not have.
+
+    Raises:
+        RequestError: It has no such layer.
+        UnsupportedModelError: It joins patches behind the tower that are to be dropped in it.
+    """
+    if prune.vision_layer is not None:
+        vlm.check_vision_layer(prune.vision_layer, prune.scores, prune.score_layer)
+    else:
+        vlm.check_score(prune.scores, prune.score_layer)
+    vlm.check_prune_layer(prune.layer)
+
+
+def _keeping(config: ExportConfig, ratio: float) -> ExportConfig:
+    return replace(config, prune=replace(config.prune, keep_ratio=ratio))
 
 
 def take_part(
@@ -281,8 +327,20 @@ def _build_graph(
     dtype: torch.dtype,
     config: ExportConfig,
 ) -> ir.Model:
-    vision = parts.trace_vision(vlm, config.prune, dtype, config.opset)
-    decoder = parts.trace_decoder(vlm, dtype, torch_dtype(config.kv_cache), config.opset)
+    tower_end = None
+    if config.prune.vision_layer is None:
+        vision = parts.trace_vision(vlm, config.prune, dtype, config.opset)
+    else:
+        vision, tower_end = tower_parts.trace_tower(vlm, config.prune, dtype, config.opset)
+    layer, cache_dtype = config.prune.layer, torch_dtype(config.kv_cache)
+    leading = last_token = None
+    if layer == 0:
+        decoder = decoder_parts.trace_decoder(vlm, dtype, cache_dtype, config.opset)
+    else:
+        leading = decoder_parts.trace_leading(vlm, layer, dtype, cache_dtype, config.opset)
+        decoder = decoder_parts.trace_trailing(vlm, layer, dtype, cache_dtype, config.opset)
+        if config.prune.scores == "last-token":
+            last_token = decoder_parts.trace_last_token(vlm, dtype, config.opset)
     options = GraphOptions(
         image_token_id=vlm.image_token_id,
         image_tokens=vlm.image_tokens,
@@ -293,6 +351,7 @@ def _build_graph(
         prune=config.prune,
         place_features=vlm.place_features() if config.prune.spreads else None,
         position_axes=1 if vlm.image_grid is None else 3,
+        class_tokens=0 if tower_end is None else tower_pruning.class_tokens(vlm),
         context=int(vlm.text_config.max_position_embeddings),
     )
     text_scores = None
@@ -301,7 +360,9 @@ def _build_graph(
     rule = None
     if config.prune.is_active and config.prune.mass is not None:
         rule = parts.trace_rule(vlm, config.prune.mass, config.opset)
-    model = join_parts(vision, decoder, table, options, text_scores, rule)
+    model = join_parts(
+        vision, decoder, table, options, text_scores, rule, leading, last_token, tower_end
+    )
     fuse_shared_inputs(model)
     return model
 

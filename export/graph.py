@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-import ast
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnx_ir.tape import Tape
 
 from bivlm_edge.config import PruneConfig
 from bivlm_edge.export import schemas
+from bivlm_edge.export.fuse import LAYERS
+from bivlm_edge.export.graph_pieces import (
+    Part,
+    graph_input,
+    initializer,
+    name_values,
+    scalar,
+    take_apart,
+    vector,
+)
+from bivlm_edge.export.graph_positions import closed_positions, positions_at
+from bivlm_edge.export.leading_layers import (
+    Leading,
+    Run,
+    compacted,
+    last_layer,
+    leading_layers,
+    run_layers,
+)
+from bivlm_edge.export.tower_parts import Tower, kept_features, placed_features
 from bivlm_edge.pruning import KEEP_TOKENS, tokens_to_keep
 from bivlm_edge.quant.weights import GroupWeight
 
@@ -38,6 +58,7 @@ class GraphOptions:
             by their places.
         position_axes: 1, or 3 for M-RoPE: position_ids is then ``(3, batch, sequence)``.
         context: Most tokens of a run.
+        class_tokens: Rows before the patches inside the vision tower that are none.
     """
 
     image_token_id: int
@@ -50,6 +71,7 @@ class GraphOptions:
     place_features: np.ndarray | None = None
     position_axes: int = 1
     context: int = 0
+    class_tokens: int = 0
 
 
 def join_parts(
@@ -59,43 +81,65 @@ def join_parts(
     options: GraphOptions,
     text_scores: ir.Model | None = None,
     rule: ir.Model | None = None,
+    leading: ir.Model | None = None,
+    last_token: ir.Model | None = None,
+    tower_end: ir.Model | None = None,
 ) -> ir.Model:
     """Return the whole model; the parts are taken apart and must not be used afterwards.
 
     Args:
         vision: pixel_values to features and, where pictures have them, scores
             (`parts.trace_vision`).
-        decoder: The inputs of `parts.DecoderPart` to logits, present (`parts.trace_decoder`).
+        decoder: The inputs of `DecoderPart` to logits, present (`decoder_parts.trace_decoder`), or
+            with `leading` those of `TrailingPart` (`decoder_parts.trace_trailing`).
         embedding: Token table ``(vocab, hidden)``, quantized or float.
         options: The rest.
         text_scores: Merged embeddings to scores, if the text gives them
             (`parts.trace_text_scores`).
         rule: Scores of pictures to their numbers of tokens, if they have numbers of their own
             (`parts.trace_rule`).
+        leading: The layers before the pruning (`decoder_parts.trace_leading`), if there are any.
+        last_token: Their last attention to scores, if it gives them
+            (`decoder_parts.trace_last_token`).
+        tower_end: What follows in the vision tower on the patches that are left, if some are
+            dropped inside; `vision` is what comes before (`tower_parts.trace_tower`).
 
     Returns:
         A model with the inputs and outputs of DESIGN.md 8.
     """
-    vision_part = _take_apart(vision, "vision")
-    decoder_part = _take_apart(decoder, "decoder")
-    input_ids = _input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-    pixel_values = _input("pixel_values", options.dtype, ["images", *options.pixel_shape])
-    hidden_in, positions_in, last_in, total_in, *past = decoder_part.inputs
-    leading = [] if options.position_axes == 1 else [options.position_axes]
-    position_ids = _input("position_ids", ir.DataType.INT64, [*leading, "batch", "sequence"])
+    vision_part = take_apart(vision, "vision")
+    decoder_part = take_apart(decoder, "decoder")
+    layers = None if leading is None else leading_layers(leading)
+    before = [] if layers is None else layers.past
+    behind = decoder_part.inputs[4 if layers is None else 6 :]
+    past = [*before, *behind]
+    for value in past:
+        value.name = str(value.name).rpartition("/")[2]
+    input_ids = graph_input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+    pixel_values = graph_input("pixel_values", options.dtype, ["images", *options.pixel_shape])
+    axes = [] if options.position_axes == 1 else [options.position_axes]
+    position_ids = graph_input("position_ids", ir.DataType.INT64, [*axes, "batch", "sequence"])
     past_length = _with_default("past_length", FILLED)
     keep_tokens = _keep_tokens(options)
-    for value in past:
-        value.name = str(value.name).removeprefix("decoder/")
 
     main = Tape()
     embeddings = _embed(main, input_ids, embedding, options.dtype)
     images = main.op("Shape", [pixel_values], {"start": 0, "end": 1})
-    has_images = main.op("Greater", [main.op("Squeeze", [images]), _scalar(main, 0, "zero")])
-    text_part = None if text_scores is None else _take_apart(text_scores, "text_scores")
-    rule_part = None if rule is None else _take_apart(rule, "rule")
+    has_images = main.op("Greater", [main.op("Squeeze", [images]), scalar(main, 0, "zero")])
     pictures = _Pictures(
-        vision_part, text_part, rule_part, pixel_values, input_ids, embeddings, position_ids
+        vision_part,
+        None if text_scores is None else take_apart(text_scores, "text_scores"),
+        None if rule is None else take_apart(rule, "rule"),
+        None if last_token is None else take_apart(last_token, "last_token"),
+        layers,
+        None if tower_end is None else take_apart(tower_end, "tower_end"),
+        pixel_values,
+        input_ids,
+        embeddings,
+        position_ids,
+        past_length,
+        past[0],
+        None if layers is None else _cache_lengths(main, past_length, past[0], input_ids),
     )
     branches = (
         _picture_branch(pictures, options, keep_tokens),
@@ -109,41 +153,40 @@ def join_parts(
         name="pictures",
     )
     hidden, kept = found[:2]
-    hidden.dtype, hidden.shape = options.dtype, ir.Shape(["batch", "kept", options.hidden_size])
-    kept.dtype, kept.shape, kept.name = (
-        ir.DataType.INT64,
-        ir.Shape(["batch", "kept"]),
-        "kept_indices",
-    )
-    if len(found) == 3:
-        kept_positions = found[2]
-        kept_positions.dtype = ir.DataType.INT64
-        kept_positions.shape = ir.Shape([*leading, "batch", "kept"])
+    _describe(hidden, options.dtype, ["batch", "kept", options.hidden_size])
+    _describe(kept, ir.DataType.INT64, ["batch", "kept"])
+    kept.name = "kept_indices"
+    present_before: list[ir.Value] = []
+    if layers is not None:
+        normed, cos, sin, *present_before = found[2:]
+        _describe(normed, options.dtype, ["batch", "kept", options.hidden_size])
+        states = [normed, hidden, cos, sin]
+    elif len(found) == 3:
+        _describe(found[2], ir.DataType.INT64, [*axes, "batch", "kept"])
+        states = [hidden, found[2]]
     else:
-        kept_positions = _at(main, position_ids, kept, options)
-
-    ir.convenience.replace_all_uses_with(hidden_in, hidden)
-    ir.convenience.replace_all_uses_with(positions_in, kept_positions)
-    last_index, total_length = _cache_lengths(main, past_length, past[0], kept)
-    ir.convenience.replace_all_uses_with(last_in, last_index)
-    ir.convenience.replace_all_uses_with(total_in, total_length)
-    for value in decoder_part.outputs:
-        value.name = str(value.name).removeprefix("decoder/")
-    for value, before in zip(decoder_part.outputs[1:], past, strict=True):
-        axes: list[int | ir.SymbolicDim | str] = list(before.shape or ())
-        axes[2:3] = ["present"]  # past_length and this run decide
-        value.shape = ir.Shape(axes)
-    _name_values(main, "main")
+        states = [hidden, positions_at(main, position_ids, kept, options.position_axes)]
+    states += _cache_lengths(main, past_length, past[0], kept)
+    for value, given in zip(decoder_part.inputs, states, strict=False):
+        ir.convenience.replace_all_uses_with(value, given)
+    logits, *present_behind = decoder_part.outputs
+    logits.name = "logits"
+    present = [*present_before, *present_behind]
+    for value, source in zip(present, past, strict=True):
+        value.name = str(source.name).replace("past_key_values", "present")
+        sizes: list[int | ir.SymbolicDim | str] = list(source.shape or ())
+        sizes[2:3] = ["present"]  # past_length and this run decide
+        value.shape, value.type = ir.Shape(sizes), source.type
+    name_values(main, "main")
     optional = [past_length] if keep_tokens is None else [past_length, keep_tokens]
     graph = ir.Graph(
         [input_ids, pixel_values, position_ids, *optional, *past],
-        [*decoder_part.outputs, kept],
+        [logits, *present, kept],
         nodes=[*main.nodes, *decoder_part.nodes],
         initializers=[
             *optional,
-            *vision_part.initializers,
-            *([] if text_part is None else text_part.initializers),
-            *([] if rule_part is None else rule_part.initializers),
+            *(value for part in pictures.parts for value in part.initializers),
+            *([] if layers is None else layers.initializers),
             *main.initializers,
             *decoder_part.initializers,
         ],
@@ -152,6 +195,10 @@ def join_parts(
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="bivlm-edge")
     return _clean(model)
+
+
+def _describe(value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+    value.dtype, value.shape = dtype, ir.Shape(shape)
 
 
 def _with_default(name: str, value: int) -> ir.Value:
@@ -171,6 +218,14 @@ def _keep_tokens(options: GraphOptions) -> ir.Value | None:
     )
 
 
+def set_default_keep(path: Path, tokens: int) -> None:
+    """Change how many tokens of each image a written graph keeps unless a run says otherwise."""
+    model = onnx.load(path, load_external_data=False)
+    (default,) = (value for value in model.graph.initializer if value.name == KEEP_TOKENS)
+    default.CopyFrom(onnx.numpy_helper.from_array(np.array(tokens, np.int64), KEEP_TOKENS))
+    path.write_bytes(model.SerializeToString())
+
+
 def _cache_lengths(
     tape: Tape, past_length: ir.Value, past: ir.Value, positions: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
@@ -179,13 +234,13 @@ def _cache_lengths(
     Both count the cache with the tokens of this run. A past_length beyond the buffers would make
     GroupQueryAttention read behind their end.
     """
-    zero = _scalar(tape, 0, "zero")
+    zero = scalar(tape, 0, "zero")
     capacity = tape.op("Shape", [past], {"start": 2, "end": 3})
     is_filled = tape.op("Less", [past_length, zero])
     filled = tape.op("Where", [is_filled, capacity, tape.op("Min", [past_length, capacity])])
     total = tape.op("Add", [filled, tape.op("Shape", [positions], {"start": 1, "end": 2})])
     total_length = tape.op("Cast", [total], {"to": ir.DataType.INT32})
-    last = tape.op("Sub", [total_length, _scalar(tape, 1, "one", np.int32)])
+    last = tape.op("Sub", [total_length, scalar(tape, 1, "one", np.int32)])
     rows = tape.op("Shape", [positions], {"start": 0, "end": 1})
     return tape.op("Expand", [last, rows]), total_length
 
@@ -198,11 +253,11 @@ def _embed(
 ) -> ir.Value:
     """Look the tokens up: `(batch, sequence, hidden)`."""
     if isinstance(embedding, GroupWeight):
-        codes = _initializer(tape, embedding.codes[:, : embedding.k], "embedding/codes")
-        scales = _initializer(tape, embedding.scale, "embedding/scales")
+        codes = initializer(tape, embedding.codes[:, : embedding.k], "embedding/codes")
+        scales = initializer(tape, embedding.scale, "embedding/scales")
         if dtype == ir.DataType.FLOAT:
             scales = tape.op("Cast", [scales], {"to": ir.DataType.FLOAT})
-        zero = _initializer(tape, embedding.zero, "embedding/zero_points")
+        zero = initializer(tape, embedding.zero, "embedding/zero_points")
         return tape.op(
             "GatherBlockQuantized",
             [codes, input_ids, scales, zero],
@@ -210,7 +265,7 @@ def _embed(
             domain=MICROSOFT,
             name="embedding",
         )
-    table = _initializer(tape, embedding.astype(dtype.numpy()), "embedding/table")
+    table = initializer(tape, embedding.astype(dtype.numpy()), "embedding/table")
     return tape.op("Gather", [table, input_ids], name="embedding")
 
 
@@ -221,43 +276,100 @@ def _picture_branch(
     ir.convenience.replace_all_uses_with(pictures.vision.inputs[0], pictures.pixel_values)
     input_ids = pictures.input_ids
     tape = Tape()
-    is_image = tape.op("Equal", [input_ids, _scalar(tape, options.image_token_id, "image_token")])
+    is_image = tape.op("Equal", [input_ids, scalar(tape, options.image_token_id, "image_token")])
     places = tape.op("Transpose", [tape.op("NonZero", [is_image])], {"perm": [1, 0]})
-    row_shape = _vector(tape, [-1, options.hidden_size], "row_shape")
+    if pictures.tower_end is not None and keep_tokens is not None:
+        outputs = _prune_in_tower(
+            tape, pictures, pictures.tower_end, is_image, places, options, keep_tokens
+        )
+        return _branch(tape, pictures, outputs)
+    row_shape = vector(tape, [-1, options.hidden_size], "row_shape")
     rows = tape.op("Reshape", [pictures.vision.outputs[0], row_shape])
     merged = tape.op("ScatterND", [pictures.embeddings, places, rows], name="merge")
     if keep_tokens is None:
         outputs = [merged, _all_indices(tape, input_ids)]
     else:
-        scores = _scores(tape, pictures, merged, is_image, places)
+        hidden, found = merged, None
+        if pictures.leading is not None and pictures.lengths is not None:
+            found = run_layers(
+                pictures.leading.pictures, merged, pictures.position_ids, *pictures.lengths
+            )
+            hidden = found.hidden
+        scores = _scores(tape, pictures, merged, is_image, places, found)
         keep = keep_tokens
         if pictures.rule is not None:
             keep = _keep_by_rule(tape, pictures, scores, places, options, keep_tokens)
-        outputs = _prune(tape, merged, scores, is_image, options, keep)
+        outputs = _prune(tape, hidden, scores, is_image, options, keep)
+        if found is not None:
+            kept = outputs[1]
+            lengths = _cache_lengths(tape, pictures.past_length, pictures.past, kept)
+            normed, cos, sin, present = compacted(tape, found, kept, *lengths)
+            outputs += [normed, cos, sin, *present]
         if options.prune.positions == "contiguous":
-            outputs.append(_closed_positions(tape, pictures.position_ids, outputs[1], options))
-    parts = [part for part in (pictures.vision, pictures.text_scores, pictures.rule) if part]
+            outputs.append(_closed(tape, pictures, outputs[1], options))
+    return _branch(tape, pictures, outputs)
+
+
+def _branch(tape: Tape, pictures: _Pictures, outputs: Sequence[ir.Value]) -> ir.Graph:
+    leading = [] if pictures.leading is None else pictures.leading.pictures.nodes
     return ir.Graph(
         [],
         outputs,
         # sorted in the end
-        nodes=[*tape.nodes, *(node for part in parts for node in part.nodes)],
+        nodes=[*tape.nodes, *(node for part in pictures.parts for node in part.nodes), *leading],
         initializers=tape.initializers,
         name="picture",
     )
 
 
+def _prune_in_tower(
+    tape: Tape,
+    pictures: _Pictures,
+    tower_end: Part,
+    is_image: ir.Value,
+    places: ir.Value,
+    options: GraphOptions,
+    keep: ir.Value,
+) -> list[ir.Value]:
+    """Return what the decoder sees of text and pictures, its indices and, if closed, positions."""
+    tower = Tower(
+        tower_end,
+        options.class_tokens,
+        options.image_tokens,
+        options.place_features,
+        options.prune,
+    )
+    patches, *scores = pictures.vision.outputs
+    features, tokens = kept_features(tape, tower, patches, scores[0] if scores else None, keep)
+    outputs = placed_features(
+        *(tape, pictures.embeddings, is_image, places, features, tokens),
+        (options.image_tokens, options.hidden_size),
+    )
+    if options.prune.positions == "keep":
+        return list(outputs)
+    return [*outputs, _closed(tape, pictures, outputs[1], options)]
+
+
 def _scores(
-    tape: Tape, pictures: _Pictures, merged: ir.Value, is_image: ir.Value, places: ir.Value
+    tape: Tape,
+    pictures: _Pictures,
+    merged: ir.Value,
+    is_image: ir.Value,
+    places: ir.Value,
+    found: Run | None,
 ) -> ir.Value | None:
     """Return the scores of all tokens, `(batch, sequence)`, or None where none are used."""
+    if pictures.last_token is not None and found is not None:
+        for value, given in zip(pictures.last_token.inputs, last_layer(found), strict=True):
+            ir.convenience.replace_all_uses_with(value, given)
+        return pictures.last_token.outputs[0]
     if pictures.text_scores is not None:
         for value, given in zip(pictures.text_scores.inputs, (merged, is_image), strict=True):
             ir.convenience.replace_all_uses_with(value, given)
         return pictures.text_scores.outputs[0]
     if len(pictures.vision.outputs) == 1:
         return None
-    flat = tape.op("Reshape", [pictures.vision.outputs[1], _vector(tape, [-1], "flat")])
+    flat = tape.op("Reshape", [pictures.vision.outputs[1], vector(tape, [-1], "flat")])
     no_scores = tape.op(
         "ConstantOfShape",
         [tape.op("Shape", [pictures.input_ids])],
@@ -281,17 +393,17 @@ def _keep_by_rule(
     """
     assert pictures.rule is not None
     assert scores is not None
-    tokens = _vector(tape, [-1, options.image_tokens], "of_pictures")
+    tokens = vector(tape, [-1, options.image_tokens], "of_pictures")
     of_pictures = tape.op("Reshape", [tape.op("GatherND", [scores, places]), tokens])
     ir.convenience.replace_all_uses_with(pictures.rule.inputs[0], of_pictures)
     counts = tape.op("Min", [pictures.rule.outputs[0], keep_tokens])
-    image_tokens = _scalar(tape, options.image_tokens, "all_tokens")
+    image_tokens = scalar(tape, options.image_tokens, "all_tokens")
     is_off = tape.op("GreaterOrEqual", [keep_tokens, image_tokens])
     counts = tape.op("Where", [is_off, keep_tokens, counts])
     batch = tape.op("Shape", [pictures.input_ids], {"start": 0, "end": 1})
-    rest = _vector(tape, [-1], "pictures_of_a_row")
+    rest = vector(tape, [-1], "pictures_of_a_row")
     rows = tape.op("Reshape", [counts, tape.op("Concat", [batch, rest], {"axis": 0})])
-    most = tape.op("ReduceMax", [rows, _vector(tape, [0], "over_rows")])
+    most = tape.op("ReduceMax", [rows, vector(tape, [0], "over_rows")])
     return tape.op("Expand", [most, tape.op("Shape", [rows])])
 
 
@@ -305,15 +417,15 @@ def _prune(
 ) -> list[ir.Value]:
     """Return what is left of `merged`, and its indices."""
     count = tape.op("Cast", [is_image], {"to": ir.DataType.INT32})
-    running = tape.op("CumSum", [count, _scalar(tape, 1, "sequence_axis")])
-    minus_one = _scalar(tape, -1, "text_segment", np.int32)
+    running = tape.op("CumSum", [count, scalar(tape, 1, "sequence_axis")])
+    minus_one = scalar(tape, -1, "text_segment", np.int32)
     before = tape.op("Add", [running, minus_one])
-    image = tape.op("Div", [before, _scalar(tape, options.image_tokens, "image_tokens", np.int32)])
+    image = tape.op("Div", [before, scalar(tape, options.image_tokens, "image_tokens", np.int32)])
     segments = tape.op("Where", [is_image, image, minus_one])
     metric = None
     if options.place_features is not None:
-        table = _initializer(tape, options.place_features, "prune/places")
-        tokens = _scalar(tape, options.image_tokens, "image_tokens", np.int32)
+        table = initializer(tape, options.place_features, "prune/places")
+        tokens = scalar(tape, options.image_tokens, "image_tokens", np.int32)
         metric = tape.op("Gather", [table, tape.op("Mod", [before, tokens])])
     prune = options.prune
     pruned, kept, _ = tape.op_multi_out(
@@ -327,54 +439,26 @@ def _prune(
     return [pruned, kept]
 
 
-def _at(tape: Tape, position_ids: ir.Value, indices: ir.Value, options: GraphOptions) -> ir.Value:
-    """Return the positions of tokens at `indices`, `(batch, kept)`, on all axes."""
-    if options.position_axes == 1:
-        return tape.op("GatherElements", [position_ids, indices], {"axis": 1})
-    sizes = [_vector(tape, [options.position_axes], "axes"), tape.op("Shape", [indices])]
-    indices = tape.op("Expand", [indices, tape.op("Concat", sizes, {"axis": 0})])
-    return tape.op("GatherElements", [position_ids, indices], {"axis": 2})
-
-
-def _closed_positions(
-    tape: Tape, position_ids: ir.Value, kept: ir.Value, options: GraphOptions
-) -> ir.Value:
-    """Return the positions of the kept tokens without gaps: `positions.without_gaps`."""
-    rows = low = high = _at(tape, position_ids, kept, options)
-    along_row = 1 if options.position_axes == 1 else 2
-    first = tape.op(
-        "Slice", [position_ids, *(_vector(tape, [v], f"first_{v}") for v in (0, 1, along_row))]
+def _closed(tape: Tape, pictures: _Pictures, kept: ir.Value, options: GraphOptions) -> ir.Value:
+    return closed_positions(
+        tape, pictures.position_ids, kept, options.position_axes, options.context
     )
-    if options.position_axes == 3:
-        over_axes = _vector(tape, [0], "over_axes")
-        low, high, first = (
-            tape.op(kind, [value, over_axes], {"keepdims": 0})
-            for kind, value in (("ReduceMin", rows), ("ReduceMax", rows), ("ReduceMin", first))
-        )
-        high = _running_largest(tape, high, options.context)
-    one = _scalar(tape, 1, "one_position")
-    before = tape.op("Slice", [high, *(_vector(tape, [v], f"before_{v}") for v in (0, -1, 1))])
-    behind = tape.op("Concat", [tape.op("Sub", [first, one]), before], {"axis": 1})
-    gaps = tape.op("Sub", [tape.op("Sub", [low, behind]), one])
-    gaps = tape.op("Max", [gaps, _scalar(tape, 0, "no_gap")])
-    return tape.op("Sub", [rows, tape.op("CumSum", [gaps, _scalar(tape, 1, "along_row")])])
-
-
-def _running_largest(tape: Tape, values: ir.Value, longest: int) -> ir.Value:
-    """Return the largest of each value and those before it on axis 1, of up to `longest`."""
-    lowest = _scalar(tape, -1, "below_all_positions")
-    step = 1
-    while step < longest:
-        pads = _vector(tape, [0, step, 0, 0], f"pads_{step}")
-        moved = tape.op("Pad", [values, pads, lowest])
-        ends = (_vector(tape, [v], f"moved_{v}") for v in (0, -step, 1))
-        values = tape.op("Max", [values, tape.op("Slice", [moved, *ends])])
-        step *= 2
-    return values
 
 
 def _text_branch(pictures: _Pictures, options: GraphOptions) -> ir.Graph:
     tape = Tape()
+    if pictures.leading is not None and pictures.lengths is not None:
+        found = run_layers(
+            pictures.leading.text, pictures.embeddings, pictures.position_ids, *pictures.lengths
+        )
+        outputs = [
+            found.hidden,
+            _all_indices(tape, pictures.input_ids),
+            *(found.normed, found.cos, found.sin),
+            *found.present,
+        ]
+        nodes = [*tape.nodes, *pictures.leading.text.nodes]
+        return ir.Graph([], outputs, nodes=nodes, initializers=tape.initializers, name="text")
     outputs = [
         tape.op("Identity", [pictures.embeddings]),
         _all_indices(tape, pictures.input_ids),
@@ -388,42 +472,8 @@ def _all_indices(tape: Tape, input_ids: ir.Value) -> ir.Value:
     """Return 0 .. sequence - 1 in every row: int64 `(batch, sequence)`."""
     shape = tape.op("Shape", [input_ids])
     length = tape.op("Squeeze", [tape.op("Shape", [input_ids], {"start": 1, "end": 2})])
-    steps = tape.op("Range", [_scalar(tape, 0, "start"), length, _scalar(tape, 1, "step")])
+    steps = tape.op("Range", [scalar(tape, 0, "start"), length, scalar(tape, 1, "step")])
     return tape.op("Expand", [steps, shape])
-
-
-def _name_values(tape: Tape, prefix: str) -> None:
-    """Name what has no name yet; left to the graph, names would repeat those of the branches."""
-    for number, node in enumerate(tape.nodes):
-        for index, value in enumerate(node.outputs):
-            if value.name is None:
-                value.name = f"{prefix}/{node.op_type}_{number}_{index}"
-
-
-def _input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-
-
-def _initializer(tape: Tape, array: np.ndarray, name: str) -> ir.Value:
-    return tape.initializer(ir.tensor(np.ascontiguousarray(array), name=name), name=name)
-
-
-def _scalar(tape: Tape, value: int, name: str, dtype: type = np.int64) -> ir.Value:
-    return tape.op("Constant", [], {"value": ir.tensor(np.array(value, dtype), name=name)})
-
-
-def _vector(tape: Tape, values: list[int], name: str) -> ir.Value:
-    return tape.op("Constant", [], {"value": ir.tensor(np.array(values, np.int64), name=name)})
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A traced graph in pieces that belong to no graph."""
-
-    inputs: list[ir.Value]
-    outputs: list[ir.Value]
-    nodes: list[ir.Node]
-    initializers: list[ir.Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,53 +484,50 @@ class _Pictures:
         vision: pixel_values to features, and scores where pictures have them.
         text_scores: Merged embeddings and where pictures are to scores, or None.
         rule: Scores of pictures to numbers of tokens, or None.
+        last_token: Queries, keys and values of a layer to scores, or None.
+        leading: Decoder layers before the pruning, or None.
+        tower_end: Of the vision tower, behind the pruning, or None.
         pixel_values: Input of the graph.
         input_ids: Likewise.
         embeddings: Of the tokens, `(batch, sequence, hidden)`.
         position_ids: Input of the graph.
+        past_length: Likewise.
+        past: Likewise: keys of the first layer.
+        lengths: Index of the last token and number of tokens with all of this run in the cache;
+            None without `leading`.
     """
 
-    vision: _Part
-    text_scores: _Part | None
-    rule: _Part | None
+    vision: Part
+    text_scores: Part | None
+    rule: Part | None
+    last_token: Part | None
+    leading: Leading | None
+    tower_end: Part | None
     pixel_values: ir.Value
     input_ids: ir.Value
     embeddings: ir.Value
     position_ids: ir.Value
+    past_length: ir.Value
+    past: ir.Value
+    lengths: tuple[ir.Value, ir.Value] | None
 
-
-def _take_apart(model: ir.Model, prefix: str) -> _Part:
-    """Return the pieces of a part: values named with a prefix, nodes `module/operator`."""
-    graph = model.graph
-    part = _Part(
-        list(graph.inputs), list(graph.outputs), list(graph), list(graph.initializers.values())
-    )
-    graph.inputs.clear()
-    graph.outputs.clear()
-    graph.initializers.clear()
-    graph.remove(part.nodes)
-    taken: Counter[str] = Counter()
-    for node in part.nodes:
-        name = f"{_module_of(node) or prefix}/{node.op_type}"
-        node.name = f"{name}_{taken[name]}" if taken[name] else name
-        taken[name] += 1
-    outputs = [value for node in part.nodes for value in node.outputs]
-    for value in {*part.inputs, *part.initializers, *outputs}:
-        value.name = f"{prefix}/{value.name}"
-    return part
-
-
-def _module_of(node: ir.Node) -> str:
-    """Return the dotted name of the checkpoint's module that a traced node comes from."""
-    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-    if scopes is None:
-        return ""
-    *modules, _ = ast.literal_eval(scopes)
-    return str(modules[-1]).removeprefix("module.").removeprefix("module") if modules else ""
+    @property
+    def parts(self) -> list[Part]:
+        """What stands in the branch once."""
+        found = (self.vision, self.tower_end, self.text_scores, self.rule, self.last_token)
+        return [part for part in found if part is not None]
 
 
 def _clean(model: ir.Model) -> ir.Model:
-    """Drop what is not used and all metadata (the tracer records stack traces and local paths)."""
+    """Drop what is not used and all metadata (the tracer records stack traces and local paths).
+
+    Fused nodes keep the names of their layers.
+    """
+    fused = {
+        node: node.metadata_props[LAYERS]
+        for node in model.graph.all_nodes()
+        if LAYERS in node.metadata_props
+    }
     for step in (
         passes.RemoveUnusedNodesPass(),
         passes.CommonSubexpressionEliminationPass(),
@@ -489,5 +536,7 @@ def _clean(model: ir.Model) -> ir.Model:
         passes.ClearMetadataAndDocStringPass(),
     ):
         model = step(model).model
+    for node, layers in fused.items():
+        node.metadata_props[LAYERS] = layers
     model.producer_version = None
     return model

@@ -1,21 +1,19 @@
-"""The traced parts of the graph: vision tower with projector, and decoder with KV cache."""
+"""The traced parts of the graph before the decoder, and the modules that stand in for its own."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
 from torch import Tensor, nn
 
 from bivlm_edge.config import PICTURE_SCORES, PruneConfig
-from bivlm_edge.errors import UnsupportedModelError
 from bivlm_edge.export import attention, torch_ops
+from bivlm_edge.export.decoder_parts import kv_geometry
+from bivlm_edge.export.tracing import trace
 from bivlm_edge.models import VisionLanguageModel, saliency
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.quant.weights import GroupWeight, QuantizedWeight
@@ -55,62 +53,6 @@ class RulePart(nn.Module):
     def forward(self, scores: Tensor) -> Tensor:
         """Return int64 ``(images,)``."""
         return saliency.tokens_for_mass(scores, self._share)
-
-
-class DecoderPart(nn.Module):
-    """Embeddings ``(B, S, hidden)`` to logits of the last position and the grown KV cache.
-
-    Only inside `installed`: it walks the layers itself, with the modules of attention.py in them.
-    """
-
-    def __init__(self, vlm: VisionLanguageModel) -> None:
-        super().__init__()
-        self.module = vlm.module
-        self._vlm = [vlm]  # in a list: not a submodule
-
-    def forward(
-        self,
-        hidden: Tensor,
-        position_ids: Tensor,
-        last_index: Tensor,
-        total_length: Tensor,
-        past: list[Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return logits ``(B, 1, vocab)`` and present key, value of every layer.
-
-        Args:
-            hidden: ``(B, S, hidden)``.
-            position_ids: int64 ``(B, S)``, or ``(3, B, S)`` (M-RoPE).
-            last_index: int32 ``(B,)``: index of the last token in the cache after this run.
-            total_length: int32 ``(1,)``: tokens in the cache after this run.
-            past: key, value of every layer in turn, each ``(B, kv_heads, P, head_dim)``.
-        """
-        decoder: Any = self._vlm[0].decoder
-        rotation = attention.rotary(decoder.rotary_emb, position_ids, hidden.dtype)
-        present = []
-        norms = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.norm]
-        normed, hidden = decoder.layers[0].input_layernorm(None, hidden)
-        for index, (layer, next_norm) in enumerate(zip(decoder.layers, norms, strict=True)):
-            states = (past[2 * index], past[2 * index + 1])
-            # behind the attention of the last layer only the last token leads to the logits
-            is_last = next_norm is decoder.norm
-            update, key, value = layer.self_attn(
-                normed, rotation, states, last_index, total_length, last_only=is_last
-            )
-            present += [key, value]
-            if is_last:
-                hidden = hidden[:, -1:]
-            normed, hidden = layer.post_attention_layernorm(update, hidden)
-            normed, hidden = next_norm(layer.mlp(normed), hidden)
-        return self.module.get_output_embeddings()(normed), present
-
-
-def kv_geometry(vlm: VisionLanguageModel) -> tuple[int, int, int]:
-    """Return (decoder layers, key-value heads, head width)."""
-    config = vlm.text_config
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    return int(config.num_hidden_layers), int(config.num_key_value_heads), int(head_dim)
 
 
 @contextmanager
@@ -191,7 +133,7 @@ def trace_vision(
     outputs = ["features"]
     if prune.is_active and prune.scores in PICTURE_SCORES:
         outputs.append("scores")
-    return _trace(
+    return trace(
         VisionPart(vlm, prune).eval(),
         (pixels,),
         {"pixel_values": {0: torch.export.Dim("images", min=1)}},
@@ -206,7 +148,7 @@ def trace_text_scores(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) 
     """Trace TextScorePart; its inputs are `embeddings` and `is_image`, its output `scores`."""
     is_image = torch.tensor([[False, True, True, False], [True, True, False, False]])
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-    return _trace(
+    return trace(
         TextScorePart(),
         (torch.rand(*is_image.shape, vlm.text_config.hidden_size, dtype=dtype), is_image),
         {"embeddings": shape, "is_image": shape},
@@ -219,7 +161,7 @@ def trace_text_scores(vlm: VisionLanguageModel, dtype: torch.dtype, opset: int) 
 
 def trace_rule(vlm: VisionLanguageModel, share: float, opset: int) -> ir.Model:
     """Trace RulePart; its input is `scores`, its output `counts`."""
-    return _trace(
+    return trace(
         RulePart(share),
         (torch.rand(2, vlm.image_tokens),),
         {"scores": {0: torch.export.Dim("images", min=1)}},
@@ -228,99 +170,3 @@ def trace_rule(vlm: VisionLanguageModel, share: float, opset: int) -> ir.Model:
         opset,
         "rule",
     )
-
-
-def trace_decoder(
-    vlm: VisionLanguageModel, dtype: torch.dtype, cache_dtype: torch.dtype, opset: int
-) -> ir.Model:
-    """Trace decoder and head; inputs as in DecoderPart, outputs logits, `present.{i}.key|value`."""
-    layers, heads, width = kv_geometry(vlm)
-    batch, new, seen = 2, 3, 5
-    past = [torch.rand(batch, heads, seen, width).to(cache_dtype) for _ in range(2 * layers)]
-    hidden = torch.rand(batch, new, vlm.text_config.hidden_size, dtype=dtype)
-    positions = torch.arange(seen, seen + new)[None].expand(batch, -1).contiguous()
-    axes = 0
-    if vlm.image_grid is not None:
-        axes, positions = 1, positions.expand(3, -1, -1).contiguous()
-    last_index = torch.full((batch,), seen + new - 1, dtype=torch.int32)
-    total_length = torch.tensor([seen + new], dtype=torch.int32)
-    batch_dim, new_dim = torch.export.Dim("batch"), torch.export.Dim("new")
-    seen_dim = torch.export.Dim("past", min=0)
-    shapes = {
-        "hidden": {0: batch_dim, 1: new_dim},
-        "position_ids": {axes: batch_dim, axes + 1: new_dim},
-        "last_index": {0: batch_dim},
-        "total_length": {},
-        "past": [{0: batch_dim, 2: seen_dim} for _ in past],
-    }
-    names = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
-    return _trace(
-        DecoderPart(vlm).eval(),
-        (hidden, positions, last_index, total_length, past),
-        shapes,
-        [
-            "hidden",
-            "position_ids",
-            "last_index",
-            "total_length",
-            *(f"past_key_values.{name}" for name in names),
-        ],
-        ["logits", *(f"present.{name}" for name in names)],
-        opset,
-        "decoder",
-    )
-
-
-def _trace(
-    part: nn.Module,
-    arguments: tuple[Any, ...],
-    shapes: dict[str, Any],
-    inputs: list[str],
-    outputs: list[str],
-    opset: int,
-    what: str,
-) -> ir.Model:
-    try:
-        with _quiet_exporter(), torch.no_grad():
-            program = torch.onnx.export(
-                part,
-                arguments,
-                dynamic_shapes=shapes,
-                input_names=inputs,
-                output_names=outputs,
-                opset_version=opset,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                custom_translation_table=torch_ops.translation_table(),
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"torch cannot trace the {what} of this checkpoint: {first} "
-            "Run again with --debug for the full report and file an issue with the model's name."
-        ) from error
-    if program is None:  # pragma: no cover - only for exports to a file
-        raise UnsupportedModelError(f"torch returned no graph for the {what}.")
-    optimizer.optimize_ir(program.model, should_fold=_fold_unless_it_grows)
-    return program.model
-
-
-def _fold_unless_it_grows(node: ir.Node) -> bool | None:
-    """Leave the Cast of a stored float16 scale to load time: the file holds the small form."""
-    source = node.inputs[0] if node.op_type == "Cast" else None
-    return False if source is not None and source.is_initializer() else None
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's notes about itself off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -43,8 +43,12 @@ class LayerSize:
 
 
 def layer_sizes(model: ir.Model) -> list[LayerSize]:
-    """Return all layers with constant weights, in order of execution."""
-    sizes = []
+    """Return all layers with constant weights, in order of execution.
+
+    Operators that stand in both branches of an `If`, on the same weights, are one layer.
+    """
+    sizes: list[LayerSize] = []
+    seen: set[tuple[str | None, ...]] = set()
     for node in model.graph.all_nodes():
         if node.op_type not in _MATMULS:
             continue
@@ -55,6 +59,11 @@ def layer_sizes(model: ir.Model) -> list[LayerSize]:
         ]
         if not tensors:
             continue
+        found = map(_initializer, node.inputs[_FIRST_WEIGHT:])
+        key = (node.name, *(value.name for value in found if value is not None))
+        if key in seen:
+            continue
+        seen.add(key)
         n, k = _shape(node, tensors[0])
         name = layer_name(node)
         rows = layer_rows(node) or {name: n}

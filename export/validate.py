@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
-from torch import Tensor
-from transformers import DynamicCache
 
 from bivlm_edge import custom_ops_library
 from bivlm_edge.config import ExportConfig
 from bivlm_edge.errors import ValidationError
-from bivlm_edge.export import reference_prune
-from bivlm_edge.models import VisionLanguageModel, saliency
-from bivlm_edge.positions import without_gaps
-from bivlm_edge.pruning import tokens_to_keep
+from bivlm_edge.export.oracle import Sample, TorchOracle
+from bivlm_edge.models import VisionLanguageModel
 
 NEW_TOKENS = 4
 # Relative error of the logits (L2 over a step) that a correct export stays under. Int8 activations
@@ -44,37 +39,6 @@ RUNTIME_ERRORS = (
     runtime_errors.EPFail,
     RuntimeError,  # what run_with_iobinding raises
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One prompt with its picture.
-
-    Attributes:
-        input_ids: int64 ``(1, S)``.
-        pixel_values: float32 ``(1, 3, H, W)``.
-        position_ids: int64 ``(1, S)``, or ``(3, 1, S)`` (M-RoPE).
-        next_position: Of the first token of the answer.
-    """
-
-    input_ids: Tensor
-    pixel_values: Tensor
-    position_ids: Tensor
-    next_position: int
-
-    def placed(self, kept: NDArray[np.int64], *, contiguous: bool) -> tuple[Tensor, Tensor]:
-        """Return the positions of kept tokens and of the answer's first one.
-
-        Args:
-            kept: Indices of the tokens that reach the decoder.
-            contiguous: Whether the gaps of dropped tokens are closed.
-        """
-        following = self.next_position
-        rows = self.position_ids[..., torch.from_numpy(kept)]
-        if contiguous:
-            closed, following = without_gaps(self.position_ids.numpy(), kept)
-            rows = torch.from_numpy(closed)
-        return rows, torch.full_like(self.position_ids[..., :1], following)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,85 +68,6 @@ class _Run:
     logits: NDArray[np.float32]  # (steps, vocab)
     kept: NDArray[np.int64]
     tokens: list[int]
-
-
-class TorchOracle:
-    """The quantized model in torch, pruning included: prefill and greedy decoding."""
-
-    def __init__(self, vlm: VisionLanguageModel, config: ExportConfig) -> None:
-        self._vlm = vlm
-        self._prune = config.prune
-        self._contiguous = config.prune.positions == "contiguous"
-
-    @torch.no_grad()
-    def kept(self, sample: Sample) -> NDArray[np.int64]:
-        """Return the positions that pruning keeps."""
-        if not self._prune.is_active:
-            return np.arange(sample.input_ids.shape[1])
-        merged, is_image, scores = self._merge(sample)
-        before = is_image.cumsum(1) - 1
-        image = before // self._vlm.image_tokens
-        metric = None
-        if self._prune.spreads:
-            metric = self._vlm.place_features()[(before % self._vlm.image_tokens).numpy()]
-        indices = reference_prune.token_prune(
-            merged.numpy(),
-            scores=None if scores is None else scores.numpy(),
-            segments=torch.where(is_image, image, -1).int().numpy(),
-            keep=self._keep(is_image, scores),
-            metric=metric,
-            mode=self._prune.mode,
-            theta=self._prune.weight,
-            seed=self._prune.seed,
-        ).kept_indices
-        return cast("NDArray[np.int64]", indices[0])
-
-    def _keep(self, is_image: Tensor, scores: Tensor | None) -> NDArray[np.int64]:
-        """Return the tokens to keep, one number or of each picture, ``(1, pictures)``."""
-        most = tokens_to_keep(self._prune.keep_ratio, self._vlm.image_tokens)
-        if self._prune.mass is None:
-            return np.array(most)
-        assert scores is not None
-        of_pictures = scores[is_image].reshape(-1, self._vlm.image_tokens)
-        counts = saliency.tokens_for_mass(of_pictures, self._prune.mass)
-        return cast("NDArray[np.int64]", counts.clamp_max(most)[None].numpy())
-
-    @torch.no_grad()
-    def run(
-        self, sample: Sample, kept: NDArray[np.int64], tokens: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """Return the logits of each step, ``(steps, vocab)``: prefill, then given tokens.
-
-        Args:
-            sample: Prompt and picture.
-            kept: Positions that reach the decoder.
-            tokens: One per step; all but the last are fed.
-        """
-        hidden = self._merge(sample)[0][:, kept]
-        cache = DynamicCache()
-        positions, following = sample.placed(kept, contiguous=self._contiguous)
-        embed = self._vlm.module.get_input_embeddings()
-        logits = []
-        for step, token in enumerate(tokens):
-            logits.append(self._vlm.decode(hidden, positions, cache)[0, -1].numpy())
-            hidden = embed(torch.tensor([[token]]))
-            positions = following + step
-        return np.stack(logits)
-
-    def _merge(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return embeddings with the picture in them, where it is, and the scores, ``(1, S)``."""
-        prune, is_image = self._prune, sample.input_ids == self._vlm.image_token_id
-        features, found = self._vlm.scored_features(
-            sample.pixel_values, prune.scores if prune.is_active else "none", prune.score_layer
-        )
-        merged = self._vlm.embed(sample.input_ids, features)
-        if found is not None:
-            scores = torch.zeros(is_image.shape)
-            scores[is_image] = found.reshape(-1)
-            return merged, is_image, scores
-        if prune.is_active and prune.scores == "text":
-            return merged, is_image, saliency.text_relevance(merged, is_image)
-        return merged, is_image, None
 
 
 class OnnxRunner:

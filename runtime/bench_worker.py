@@ -67,7 +67,8 @@ class Sample:
         preprocess_ms: Of it: decoding and preparing the picture, and tokenizing.
         first_run_ms: Of it: the first run of the graph (vision, pruning and prefill).
         prefill_ms: A run of the decoder alone on as many tokens as the first run kept.
-        vision_ms: first_run_ms - prefill_ms: vision tower, projector, pruning.
+        vision_ms: first_run_ms - prefill_ms: vision tower, projector, pruning; with --prune-layer
+            also what the layers before it compute for the dropped tokens.
         decode_ms: Mean time of a token behind the first.
     """
 

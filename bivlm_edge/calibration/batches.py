@@ -59,9 +59,8 @@ def make_batches(
             len(items),
             samples,
         )
-    drawn = random.Random(seed).sample(range(len(items)), min(samples, len(items)))
     by_shape: dict[tuple[object, ...], list[dict[str, Tensor]]] = {}
-    for index in drawn:
+    for index in drawn_indices(len(items), samples, seed):
         inputs = _prepare_item(prepare, items[index])
         shape = tuple((name, tuple(value.shape)) for name, value in sorted(inputs.items()))
         by_shape.setdefault(shape, []).append(inputs)
@@ -72,6 +71,11 @@ def make_batches(
     ]
     random.Random(seed).shuffle(stacked)  # lengths mixed, so that held-out batches are typical
     return stacked
+
+
+def drawn_indices(count: int, samples: int, seed: int) -> list[int]:
+    """Which of `count` items `make_batches` draws."""
+    return random.Random(seed).sample(range(count), min(samples, count))
 
 
 def calibration_items(source: Path | str | None) -> list[VqaItem]:

@@ -19,10 +19,12 @@ from bivlm_edge.cli.common import (
     split_names,
     unwind_on_sigterm,
 )
+from bivlm_edge.cli.keep_tokens import check_auto, chooser
 from bivlm_edge.config import (
     DEFAULT_BITS,
     DEFAULT_METRIC,
     DEFAULT_SCORE_LAYER,
+    DEFAULT_TOLERANCE,
     DTYPES,
     FALLBACKS,
     GRIDS,
@@ -35,6 +37,8 @@ from bivlm_edge.config import (
     QuantConfig,
     check_bits_are_read,
 )
+from bivlm_edge.datasets import DATA_SETS, EASY_VQA_NAME
+from bivlm_edge.pruning import parse_fraction
 from bivlm_edge.quant import methods
 from bivlm_edge.reference import REFERENCE_MODELS, resolve_model
 from bivlm_edge.report import export_tables
@@ -101,8 +105,40 @@ def export(
         ),
     ] = None,
     keep_tokens: Annotated[
-        float, typer.Option("--keep-tokens", help="Fraction of the image tokens to keep.")
-    ] = 1.0,
+        str,
+        typer.Option(
+            "--keep-tokens",
+            help="Fraction of the image tokens to keep, or auto: the smallest that loses no more "
+            "than --tolerance on validation questions.",
+            metavar="FRACTION|auto",
+        ),
+    ] = "1",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            help="--keep-tokens auto: points of accuracy that may be lost, at 95 % confidence.",
+            show_default="1.0",
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            "--validation",
+            help=f"--keep-tokens auto: questions to ask: {', '.join(DATA_SETS)} (their validation "
+            "split) or a .jsonl file of image, question, answer.",
+            show_default="those of --calibration that it does not draw",
+            metavar="DATA",
+        ),
+    ] = None,
+    validation_questions: Annotated[
+        int | None,
+        typer.Option(
+            "--validation-questions",
+            help="--keep-tokens auto: how many of them.",
+            show_default="as the tolerance needs: 2,706 for 1 point",
+        ),
+    ] = None,
     keep_rule: Annotated[
         str | None,
         typer.Option(
@@ -120,7 +156,8 @@ def export(
             "--prune-score",
             help="What makes an image token important: attention (that it receives in the vision "
             "tower), distance (from the picture's mean), norm (of its features), text (nearness "
-            "to the question: for single questions, not for chats), none.",
+            "to the question: for single questions, not for chats), last-token (attention of the "
+            "prompt's last token in the layer before --prune-layer; likewise), none.",
             show_default="mmr: distance, topk_score: attention, others: none",
         ),
     ] = None,
@@ -129,7 +166,7 @@ def export(
         typer.Option(
             "--score-layer",
             help="Block of the vision tower for --prune-score attention, from 0, or from the last "
-            "if below 0.",
+            "if below 0 (with --prune-vision-layer the last that sees all patches).",
         ),
     ] = DEFAULT_SCORE_LAYER,
     prune_metric: Annotated[
@@ -147,6 +184,23 @@ def export(
             "--prune-theta",
             help="mmr, dpp: weight of the score against similarity, 0 to 1.",
             show_default="0.1 with mmr by places, else 0.5",
+        ),
+    ] = None,
+    prune_layer: Annotated[
+        int,
+        typer.Option(
+            "--prune-layer",
+            help="Decoder layer, from 0, before which image tokens are dropped; those before it "
+            "see all of them. 0: before the decoder.",
+        ),
+    ] = 0,
+    prune_vision_layer: Annotated[
+        int | None,
+        typer.Option(
+            "--prune-vision-layer",
+            help="Block of the vision tower, from 0, behind which patches are dropped: the rest "
+            "of the tower sees fewer too (LLaVA).",
+            show_default="patches stay to the end of the tower",
         ),
     ] = None,
     positions: Annotated[
@@ -247,12 +301,17 @@ def export(
     Examples:
       bivlm-export model.onnx
       bivlm-export small.onnx --bits 1.5 --keep-tokens 0.25
+      bivlm-export small.onnx --keep-tokens auto --tolerance 0.5
       bivlm-export smolvlm.onnx --model ./SmolVLM-256M-Instruct --calibration ./pictures
       bivlm-export tuned.onnx --bits 1.25 --tune both
       bivlm-export float.onnx --method none
     """
     # Options are checked before torch loads: a wrong one answers at once.
     check_bits_are_read(method, bits)
+    fraction = parse_fraction(keep_tokens)
+    check_auto(fraction, tolerance, validation, validation_questions)
+    if fraction is None and tolerance is None:
+        tolerance = DEFAULT_TOLERANCE
     config = ExportConfig(
         quant=QuantConfig(
             method=method,
@@ -273,13 +332,16 @@ def export(
         ),
         prune=PruneConfig(
             mode=prune_mode,  # type: ignore[arg-type]  # checked by PruneConfig
-            keep_ratio=keep_tokens,
+            keep_ratio=1.0 if fraction is None else fraction,
+            tolerance=tolerance,
             seed=seed,
             score=prune_score,  # type: ignore[arg-type]
             score_layer=score_layer,
             metric=prune_metric,  # type: ignore[arg-type]
             theta=prune_theta,
             keep_rule=keep_rule,
+            layer=prune_layer,
+            vision_layer=prune_vision_layer,
             positions=positions,  # type: ignore[arg-type]
         ),
         dtype=dtype,  # type: ignore[arg-type]
@@ -310,6 +372,11 @@ def export(
             if team.rank:
                 take_part(vlm, items, config, work_folder)
                 return
+            choose = None
+            if fraction is None and tell is not None:
+                of_model = EASY_VQA_NAME if model is None else vlm.training_data
+                named = of_model if calibration is None else str(calibration)
+                choose = chooser(items, named, validation, validation_questions, config, tell)
             result = export_model(
                 vlm,
                 items,
@@ -318,11 +385,14 @@ def export(
                 overwrite=overwrite,
                 progress=tell,
                 work_folder=work_folder,
+                choose=choose,
             )
     if as_json:
         show_json(_summary(target, result.report))
         return
     show(*export_tables(target.name, result.report))
+    if result.report["keep_tokens"] is not None:
+        typer.echo(result.report["keep_tokens"]["message"])
 
 
 def _tell_calibration(method: str) -> None:
@@ -341,7 +411,10 @@ def _calibrates(method: str) -> bool:
 
 def _summary(target: Path, report: dict[str, Any]) -> dict[str, Any]:
     keys = ("model", "true_bits_per_weight", "file_bytes", "skipped", "validation", "seconds")
-    return {"path": str(target), **{key: report[key] for key in keys}}
+    summary = {"path": str(target), **{key: report[key] for key in keys}}
+    if report["keep_tokens"] is not None:
+        summary["keep_tokens"] = report["keep_tokens"]
+    return summary
 
 
 def main() -> None:

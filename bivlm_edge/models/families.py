@@ -47,6 +47,9 @@ class Family(Protocol):
     def pixels(self, processor: Any, image: Image.Image) -> NDArray[np.float32]:
         """Return ``(3, H, W)`` of a picture in RGB, made by the checkpoint's image processor."""
 
+    def keeps_patches(self, module: Any) -> str:
+        """Return why the tower needs all patches to its end; empty if it does not."""
+
     def check(self, config: Any) -> None:
         """Raise UnsupportedModelError for options that the exporter cannot express."""
 
@@ -113,6 +116,12 @@ class Llava:
     def image_grid(self, module: Any) -> tuple[int, int] | None:  # noqa: ARG002 - see Family
         """Return None: positions have one axis."""
         return None
+
+    def keeps_patches(self, module: Any) -> str:
+        """Return the reason if the class token is an image token too."""
+        has_class = module.config.vision_config.model_type == "clip_vision_model"
+        is_kept = module.config.vision_feature_select_strategy != "default"
+        return "its class token is one of the image tokens" if has_class and is_kept else ""
 
     def check(self, config: Any) -> None:
         """Refuse towers other than CLIP and SigLIP and lists of feature layers."""
@@ -188,6 +197,10 @@ class LlavaOnevision:
         """Return None: positions have one axis."""
         return None
 
+    def keeps_patches(self, module: Any) -> str:  # noqa: ARG002 - see Family
+        """Return the reason."""
+        return "a newline token, which is no patch, ends each of its pictures"
+
     def check(self, config: Any) -> None:
         """Refuse towers other than SigLIP and lists of feature layers."""
         _check_decoder(config.text_config)
@@ -260,6 +273,10 @@ class Idefics3:
         """Return None: positions have one axis."""
         return None
 
+    def keeps_patches(self, module: Any) -> str:  # noqa: ARG002 - see Family
+        """Return the reason."""
+        return "its pixel shuffle joins neighbouring patches behind the tower"
+
     def check(self, config: Any) -> None:
         """Refuse tower sizes that the pixel shuffle does not divide."""
         _check_decoder(config.text_config)
@@ -293,7 +310,7 @@ class Idefics3:
         model = module.model
         output = model.vision_model(pixel_values, output_hidden_states=True)
         block = model.vision_model.encoder.layers[layer]
-        received = _block_attention(block, output.hidden_states[layer], class_token=False)
+        received = block_attention(block, output.hidden_states[layer], class_token=False)
         shuffled = model.connector.pixel_shuffle(received[..., None], module.config.scale_factor)
         return model.connector(output.last_hidden_state), shuffled.mean(dim=-1)
 
@@ -360,6 +377,10 @@ class Qwen25Vl:
         """Return rows and columns of a picture's merged tokens."""
         blocks = self._side // qwen_vision.block_size(module.config.vision_config)
         return blocks, blocks
+
+    def keeps_patches(self, module: Any) -> str:  # noqa: ARG002 - see Family
+        """Return the reason."""
+        return "its windows and its merger of neighbouring patches need whole pictures"
 
     def check(self, config: Any) -> None:
         """Refuse towers whose windows do not divide the picture."""
@@ -480,10 +501,10 @@ def _received(module: Any, states: Sequence[Tensor], layer: int) -> Tensor:
     """Return the attention that the patches of a LLaVA's tower receive in a layer."""
     has_class = module.config.vision_config.model_type == "clip_vision_model"
     block = _tower_layers(module)[layer]
-    return _block_attention(block, states[layer], class_token=has_class)
+    return block_attention(block, states[layer], class_token=has_class)
 
 
-def _block_attention(block: Any, hidden: Tensor, *, class_token: bool) -> Tensor:
+def block_attention(block: Any, hidden: Tensor, *, class_token: bool) -> Tensor:
     """Return the attention that patches receive in a CLIP or SigLIP block.
 
     Args:
@@ -499,9 +520,14 @@ def _block_attention(block: Any, hidden: Tensor, *, class_token: bool) -> Tensor
     return saliency.attention_received(query, key, attention.scale, class_token=class_token)
 
 
+def tower(module: Any) -> Any:
+    """Return the CLIP or SigLIP tower of a LLaVA."""
+    found = module.model.vision_tower
+    return getattr(found, "vision_model", found)
+
+
 def _tower_layers(module: Any) -> Sequence[Any]:
-    tower = module.model.vision_tower
-    layers: Sequence[Any] = getattr(tower, "vision_model", tower).encoder.layers
+    layers: Sequence[Any] = tower(module).encoder.layers
     return layers
 
 

@@ -57,6 +57,23 @@ def attention_received(query: Tensor, key: Tensor, scale: float, *, class_token:
     return torch.stack(received).mean(0)
 
 
+def last_token_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention that each token receives from the last one, mean over heads (FastV: 2403.06764).
+
+    Args:
+        query: float32 ``(B, heads, 1, width)``, of the last token, rotated.
+        key: float32 ``(B, kv_heads, S, width)``, rotated; keys of earlier runs do not count.
+        scale: Factor on the products.
+
+    Returns:
+        float32 ``(B, S)``; the sum over a row is 1.
+    """
+    groups = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+    logits = groups @ key.transpose(-1, -2) * scale
+    received: Tensor = logits.softmax(-1).mean((1, 2))
+    return received
+
+
 def tokens_for_mass(scores: Tensor, share: float) -> Tensor:
     """Count the largest scores of each picture that together reach a share of their sum.
 

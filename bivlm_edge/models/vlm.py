@@ -143,10 +143,56 @@ class VisionLanguageModel:
         if score == "attention":
             self._vision_block(layer)
 
+    def check_prune_layer(self, layer: int) -> None:
+        """Refuse a decoder layer that this model does not have.
+
+        Raises:
+            RequestError: There are no layers on both sides of it.
+        """
+        layers = int(self.text_config.num_hidden_layers)
+        if not 0 <= layer < layers:
+            raise RequestError(
+                f"--prune-layer {layer} is none of the {layers} decoder layers of '{self.name}' "
+                f"({self.family.name}). Accepted: 0 (before the decoder) to {layers - 1}."
+            )
+
+    def check_vision_layer(self, layer: int, score: str, score_layer: int) -> None:
+        """Refuse a tower that needs all its patches, and layers that it does not have.
+
+        Args:
+            layer: The last that runs on all patches.
+            score: One of `config.PRUNE_SCORES`.
+            score_layer: `attention`: one of the layers up to `layer`.
+
+        Raises:
+            UnsupportedModelError: Its patches are joined later.
+            RequestError: There is no such layer.
+        """
+        reason = self.family.keeps_patches(self.module)
+        if reason:
+            raise UnsupportedModelError(
+                f"--prune-vision-layer drops patches inside the vision tower, but of the model "
+                f"type '{self.module.config.model_type}' {reason}. Leave it out: image tokens "
+                "are then dropped before the decoder (or inside, --prune-layer)."
+            )
+        blocks = self._vision_blocks
+        if not 0 <= layer < blocks:
+            raise RequestError(
+                f"--prune-vision-layer {layer} is none of the {blocks} blocks that the vision "
+                f"tower of '{self.name}' ({self.family.name}) runs. Accepted: 0 to {blocks - 1}."
+            )
+        if score == "attention" and not -layer - 1 <= score_layer <= layer:
+            raise RequestError(
+                f"--score-layer {score_layer} is none of the {layer + 1} blocks up to "
+                f"--prune-vision-layer {layer}. Accepted: {-layer - 1} to {layer}."
+            )
+
+    @property
+    def _vision_blocks(self) -> int:
+        return next(len(part) for name, part in self.family.blocks(self.module) if name == "vision")
+
     def _vision_block(self, layer: int) -> int:
-        blocks = next(
-            len(part) for name, part in self.family.blocks(self.module) if name == "vision"
-        )
+        blocks = self._vision_blocks
         if not -blocks <= layer < blocks:
             raise RequestError(
                 f"--score-layer {layer} is none of the {blocks} blocks that the vision tower of "

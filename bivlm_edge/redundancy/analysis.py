@@ -64,7 +64,7 @@ def analyse(
         "tolerance": setting.tolerance,
         "alpha": statistics.ALPHA,
         "own_mode": own_mode,
-        **_controls(questions, judge, full, no_image, shuffled, setting.seed),
+        **controls(questions, judge, full, no_image, shuffled, setting.seed),
         "mode": None,
         "k_star": None,
         "random_k_star": None,
@@ -77,7 +77,7 @@ def analyse(
         "costs": [],
     }
     if not result["image_used"]:
-        return {"verdict": IMAGE_NOT_USED, "message": _not_used(result), **result}
+        return {"verdict": IMAGE_NOT_USED, "message": not_used(result), **result}
     found: dict[str, dict[int, Measured]] = {}
     for mode in setting.modes:
         points = found[mode] = {image_tokens: full, 0: no_image}
@@ -118,7 +118,7 @@ def analyse(
     return {"verdict": verdict, "message": message, **result}
 
 
-def _controls(
+def controls(
     questions: Questions,
     judge: Judge,
     full: Measured,
@@ -126,6 +126,7 @@ def _controls(
     shuffled: Measured,
     seed: int,
 ) -> Result:
+    """Return what the right picture, none and another one give, and the gain of the right one."""
     gained = statistics.gain(
         full.correct, no_image.correct, shuffled.correct, questions.picture_of, seed
     )
@@ -212,7 +213,8 @@ def _verdict(result: Result) -> tuple[str, str]:
     return SELECTOR_ADDS_NOTHING, f"{'; '.join(said)}: {judged} adds nothing."
 
 
-def _not_used(result: Result) -> str:
+def not_used(result: Result) -> str:
+    """Return the sentence for a model without gain; `result` holds its controls."""
     return (
         f"The model does not use the image: {result['accuracy_full']:.2%} with it, "
         f"{result['accuracy_no_image']:.2%} without, {result['accuracy_shuffled']:.2%} with "

@@ -90,6 +90,8 @@ class Model:
         self.session = load(path, threads=threads)
         manifest = self.session.manifest
         self._graph = PruneGraph(self.session.paths)
+        # the layers before the pruning show the question what is dropped
+        self._is_inside = bool(manifest.config.get("prune", {}).get("layer"))
         self.mode = self._graph.mode
         self.image_tokens = manifest.image_tokens
         self._limit = manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -127,16 +129,22 @@ class Model:
         texts = [""] * len(questions.items)
         kept = done = checked = 0
         selects = run.selector not in (FULL, SHUFFLED, TEXT, NO_IMAGE)
-        can_share = True
+        can_share = not (selects and self._is_inside)
         for index, numbers in enumerate(by_picture):
             if not numbers:
                 continue
             picture = self._picture(index)
             prompts = [self._prompt(run, number, picture) for number in numbers]
             asking = _Asking(session, picture, self._limit)
-            if selects and checked < _CHECKED_PICTURES:
+            if run.selector == NO_IMAGE and self._is_inside and not asking.has_text(prompts[0]):
+                raise RequestError(
+                    f"'{self.session.paths.graph}' was exported with --prune-layer and its prompts "
+                    "begin with the picture, so that it cannot be asked without one. Export the "
+                    "model without --prune-layer to analyse it."
+                )
+            if selects and can_share and checked < _CHECKED_PICTURES:
                 checked += 1
-                can_share = can_share and asking.can_share(prompts[0])
+                can_share = asking.can_share(prompts[0])
             for number, (tokens, answer) in zip(
                 numbers, asking.all(prompts, shared=can_share), strict=True
             ):
@@ -223,8 +231,7 @@ class _Asking:
     def can_share(self, prompt: Ids) -> bool:
         """Whether it makes no difference that the picture is computed before the question.
 
-        It does where tokens are chosen with an eye on the question, or dropped inside the decoder,
-        where the question has seen them all.
+        It does where tokens are chosen with an eye on the question.
         """
         length = self._prefix_length(prompt)
         _, whole = self._prefill(prompt)
@@ -245,7 +252,7 @@ class _Asking:
             shared: Compute them up to there once. Else each whole, as bivlm-run does.
         """
         length = self._prefix_length(prompts[0])
-        has_text = bool((prompts[0][:length] != self._image).any())
+        has_text = self.has_text(prompts[0])
         # no token at all may be left of a prefix that is nothing but pictures
         if not shared or not has_text:
             return [self._answer(prompt, *self._prefill(prompt)) for prompt in prompts]
@@ -258,6 +265,10 @@ class _Asking:
             step = run_step(self._session, rest, cache) if len(rest) else prefix
             found.append(self._answer(prompt, cache, step))
         return found
+
+    def has_text(self, prompt: Ids) -> bool:
+        """Whether text stands before the end of the pictures."""
+        return bool((prompt[: self._prefix_length(prompt)] != self._image).any())
 
     def _prefix_length(self, prompt: Ids) -> int:
         return int(np.flatnonzero(prompt == self._image)[-1]) + 1

@@ -32,8 +32,9 @@ from bivlm_edge.export.exporter import (
     tables_in_float,
     write_bundle,
 )
+from bivlm_edge.export.oracle import Sample
 from bivlm_edge.export.torch_ops import BinaryLinear, GroupLinear
-from bivlm_edge.export.validate import RUNTIME_ERRORS, OnnxRunner, Sample
+from bivlm_edge.export.validate import RUNTIME_ERRORS, OnnxRunner
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.families import FAMILIES
 from bivlm_edge.quant.methods.nbits4 import GROUP as NBITS4_GROUP

@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bivlm_edge.calibration.batches import drawn_indices
 from bivlm_edge.calibration.capture import Batch
 from bivlm_edge.calibration.precision import compute_dtype
 from bivlm_edge.config import QuantConfig
+from bivlm_edge.datasets import VqaItem
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.quant.quantizer import (
@@ -121,6 +123,17 @@ def drawn_batches(
     if config.tune == "none" or config.tune_samples is None:
         return batches, None
     return batches, draw(config.tune_samples)
+
+
+def drawn_items(config: QuantConfig, items: Sequence[VqaItem]) -> list[VqaItem]:
+    """Return the items that `drawn_batches` draws from, for calibration and for tuning."""
+    if config.method == "none":
+        return []
+    counts = {config.calibration_samples}
+    if config.tune != "none" and config.tune_samples is not None:
+        counts.add(config.tune_samples)
+    drawn = {i for count in counts for i in drawn_indices(len(items), count, config.seed)}
+    return [items[index] for index in sorted(drawn)]
 
 
 def check_tunable(vlm: QuantizableModel, config: QuantConfig) -> None:

@@ -348,7 +348,7 @@ def _ask_exists(scene: Scene, draws: Draws) -> Asked:
 def _ask_count(scene: Scene, draws: Draws) -> Asked:
     if draws.integer(0, 1):
         number = sum(thing.shape == scene.counted_shape for thing in scene.things)
-        return f"how many {_plural(scene.counted_shape)} are there?", str(number)
+        return f"how many {plural(scene.counted_shape)} are there?", str(number)
     number = sum(thing.color == scene.counted_color for thing in scene.things)
     return f"how many {scene.counted_color} shapes are there?", str(number)
 
@@ -428,7 +428,7 @@ def _ask_more(scene: Scene, draws: Draws) -> Asked | None:
         one, other = other, one
     word = draws.choice(("more", "fewer"))
     answer = "yes" if (counts[one] > counts[other]) == (word == "more") else "no"
-    return f"are there {word} {_plural(one)} than {_plural(other)}?", answer
+    return f"are there {word} {plural(one)} than {plural(other)}?", answer
 
 
 def _ask_larger(scene: Scene, draws: Draws) -> Asked | None:
@@ -474,7 +474,7 @@ def _is_clearly_nearer(thing: Thing, first: Thing, second: Thing) -> bool:
     return isqrt(_squared_distance(thing, second)) * nearer >= near * farther
 
 
-def _plural(word: str) -> str:
+def plural(word: str) -> str:
     """The things of a shape, or of a color, in a question."""
     if word in COLORS:
         return f"{word} shapes"

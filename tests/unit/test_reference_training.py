@@ -46,6 +46,7 @@ class TinyEasyVqa:
     design = tiny(easy_vqa.DESIGN)
     stages: Sequence[Stage] = (VISION, DECODER)
     classifiers = easy_vqa.EasyVqaTask.classifiers
+    words = easy_vqa.EasyVqaTask.words
 
     def texts(self) -> list[str]:
         return [*WORDINGS, "yes", "no"]
@@ -62,14 +63,21 @@ class TinyEasyVqa:
 class TinyScenes(scenes_task.ScenesTask):
     """Always the same two pictures."""
 
-    design = tiny(scenes_task.DESIGN)
-    stages: Sequence[Stage] = (VISION, DECODER)
+    design = replace(tiny(scenes_task.DESIGN), text_layers=3)
+    stages: Sequence[Stage] = (
+        VISION,
+        replace(DECODER, name="words"),
+        replace(DECODER, name="lookups", kinds=("color", "mark"), pointing=0.2),
+        DECODER,
+    )
 
     def texts(self) -> list[str]:
         return [text for _, *texts in all_questions(20) for text in texts]
 
     def batch(self, stage: Stage, _rng: np.random.Generator) -> list[Example]:
-        return [scenes_task.example("train", index) for index in range(stage.images)]
+        return [
+            scenes_task.example("train", index, kinds=stage.kinds) for index in range(stage.images)
+        ]
 
     def validation(self) -> list[Example]:
         return [scenes_task.example("validation", index) for index in range(2)]
@@ -134,7 +142,7 @@ def test_resumed_training_ends_with_the_same_weights(
 
     def killed_after_writing(*arguments: Any) -> None:
         written(*arguments)
-        if arguments[2:4] == (1, 2):  # the second stage, half-way
+        if arguments[2:4] == (2, 2):  # the third stage, half-way
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "SAVE_EVERY", 2)

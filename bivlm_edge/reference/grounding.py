@@ -120,7 +120,8 @@ class Pointing:
     @property
     def names(self) -> NDArray[np.bool_]:
         """Which tokens of the questions name something, (sequences, length)."""
-        return (self.packed.blocks > 0) & (self.named[:, self.packed.ids] != UNKNOWN).any(axis=0)
+        names: NDArray[np.bool_] = (self.named[:, self.packed.ids] != UNKNOWN).any(axis=0)
+        return names & (self.packed.blocks > 0)
 
     def hidden(self) -> NDArray[np.bool_]:
         """What may not be looked at, (sequences, length, length): all but names see no patch."""

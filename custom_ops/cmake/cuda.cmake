@@ -1,0 +1,72 @@
+# The CUDA library: decides whether it is built, and for which architectures.
+#
+# Sets BIVLM_HAS_CUDA, or BIVLM_CUDA_REASON, why not, and BIVLM_CUDA_SOURCES, which tests/ compiles
+# with the C++ compiler as well.
+set(BIVLM_CUDA AUTO CACHE STRING "Build the CUDA library: ON, OFF or AUTO (where nvcc is found)")
+set(BIVLM_CUDA_ARCHITECTURES "" CACHE STRING
+  "Compute capabilities of the CUDA library, as 87 or 80;87. Empty: all that are known to nvcc")
+
+# Jetson Orin is 87, Thor 110. The PTX of the last one serves newer GPUs.
+set(known_architectures 75 80 86 87 89 90 100 110 120)
+
+set(BIVLM_CUDA_SOURCES
+  ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/binary_matmul_prepare.cu)
+
+function(bivlm_find_cuda)
+  set(BIVLM_HAS_CUDA OFF PARENT_SCOPE)
+  if(NOT BIVLM_CUDA)
+    set(BIVLM_CUDA_REASON "BIVLM_CUDA is OFF" PARENT_SCOPE)
+    return()
+  endif()
+  if(CMAKE_CROSSCOMPILING)
+    set(BIVLM_CUDA_REASON "it is built on the device, not cross-compiled" PARENT_SCOPE)
+    return()
+  endif()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(NOT CMAKE_CUDA_COMPILER)
+    set(BIVLM_CUDA_REASON
+      "no working nvcc was found; install the CUDA toolkit or set CUDACXX to its nvcc" PARENT_SCOPE)
+    return()
+  endif()
+  set(architectures ${BIVLM_CUDA_ARCHITECTURES})
+  if(NOT architectures)
+    execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE listed
+                    COMMAND_ERROR_IS_FATAL ANY)
+    foreach(architecture IN LISTS known_architectures)
+      if(listed MATCHES "compute_${architecture}\n")
+        list(APPEND architectures ${architecture})
+      endif()
+    endforeach()
+  endif()
+  set(BIVLM_HAS_CUDA ON PARENT_SCOPE)
+  set(BIVLM_BUILT_ARCHITECTURES ${architectures} PARENT_SCOPE)
+endfunction()
+
+bivlm_find_cuda()
+if(BIVLM_HAS_CUDA)
+  message(STATUS "CUDA library: built for ${BIVLM_BUILT_ARCHITECTURES} with ${CMAKE_CUDA_COMPILER}")
+elseif(BIVLM_CUDA STREQUAL "ON")
+  message(FATAL_ERROR "BIVLM_CUDA=ON, but the CUDA library cannot be built: ${BIVLM_CUDA_REASON}")
+else()
+  message(STATUS "CUDA library: not built, ${BIVLM_CUDA_REASON}")
+endif()
+
+# bivlm_use_cuda(target): its .cu files are compiled for all architectures.
+function(bivlm_use_cuda target)
+  set(code ${BIVLM_BUILT_ARCHITECTURES})
+  list(POP_BACK code newest)
+  list(TRANSFORM code APPEND -real)
+  set_target_properties(${target} PROPERTIES
+    CUDA_ARCHITECTURES "${code};${newest}"
+    CUDA_STANDARD 17
+    CUDA_STANDARD_REQUIRED ON
+    CUDA_EXTENSIONS OFF
+    CUDA_VISIBILITY_PRESET hidden
+    # A copy of the CUDA runtime of our own: it shares the driver's context and streams with that of
+    # ONNX Runtime, whatever version that one is, and needs no libcudart beside it.
+    CUDA_RUNTIME_LIBRARY Static)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
+    $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${BIVLM_WERROR}>>:-Werror=all-warnings>)
+endfunction()

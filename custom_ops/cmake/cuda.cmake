@@ -10,7 +10,11 @@ set(BIVLM_CUDA_ARCHITECTURES "" CACHE STRING
 set(known_architectures 75 80 86 87 89 90 100 110 120)
 
 set(BIVLM_CUDA_SOURCES
-  ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/binary_matmul_prepare.cu)
+  src/cuda/binary_matmul.cu
+  src/cuda/binary_matmul_decode.cu
+  src/cuda/binary_matmul_prefill.cu
+  src/cuda/binary_matmul_prepare.cu)
+list(TRANSFORM BIVLM_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
 
 function(bivlm_find_cuda)
   set(BIVLM_HAS_CUDA OFF PARENT_SCOPE)

@@ -10,11 +10,15 @@ set(BIVLM_CUDA_ARCHITECTURES "" CACHE STRING
 set(known_architectures 75 80 86 87 89 90 100 110 120)
 
 set(BIVLM_CUDA_SOURCES
-  ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/binary_matmul_prepare.cu
-  ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/token_prune.cu
-  ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/token_prune_output.cu
-  ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/token_prune_plan.cc
-  ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/token_prune_select.cu)
+  src/cuda/binary_matmul.cu
+  src/cuda/binary_matmul_decode.cu
+  src/cuda/binary_matmul_prefill.cu
+  src/cuda/binary_matmul_prepare.cu
+  src/cuda/token_prune.cu
+  src/cuda/token_prune_output.cu
+  src/cuda/token_prune_plan.cc
+  src/cuda/token_prune_select.cu)
+list(TRANSFORM BIVLM_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
 
 function(bivlm_find_cuda)
   set(BIVLM_HAS_CUDA OFF PARENT_SCOPE)

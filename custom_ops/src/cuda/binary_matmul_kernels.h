@@ -1,11 +1,13 @@
-// What the kernels of BinaryMatMul share: the weight as they get it, activations as they read them,
-// and their launches.
+// What the parts of BinaryMatMul share: the weight as kernels get it, activations as they read
+// them, and the launches.
 #ifndef BIVLM_CUDA_BINARY_MATMUL_KERNELS_H_
 #define BIVLM_CUDA_BINARY_MATMUL_KERNELS_H_
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "bivlm/binary_matmul.h"
 
@@ -68,6 +70,20 @@ struct DeviceWeight {
 // Transforms and rounds the m rows of x.
 cudaError_t LaunchPrepare(const DeviceWeight& weight, const BinaryMatMulArgs& args,
                           const Prepared& prepared, cudaStream_t stream);
+
+// y for few tokens, 8 to 32 at a time, or few rows.
+cudaError_t LaunchDecode(const DeviceWeight& weight, const BinaryMatMulArgs& args,
+                         const Prepared& prepared, cudaStream_t stream);
+
+// y for any number of tokens, 64 at a time.
+cudaError_t LaunchPrefill(const DeviceWeight& weight, const BinaryMatMulArgs& args,
+                          const Prepared& prepared, cudaStream_t stream);
+
+// Which of the two computes y; LaunchBinaryMatMul chooses, tests run both.
+enum class Path { kDecode, kPrefill };
+Path ChoosePath(const BinaryMatMulWeight& weight, std::size_t m);
+std::string LaunchBy(Path path, const BinaryMatMulArgs& args, void* scratch,
+                     std::size_t scratch_bytes, cudaStream_t stream);
 
 }  // namespace bivlm::cuda
 

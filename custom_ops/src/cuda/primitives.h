@@ -2,6 +2,7 @@
 #ifndef BIVLM_CUDA_PRIMITIVES_H_
 #define BIVLM_CUDA_PRIMITIVES_H_
 
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -13,6 +14,18 @@ template <typename T>
 __device__ __forceinline__ T* DynamicShared() {
   extern __shared__ uint4 dynamic_shared[];
   return reinterpret_cast<T*>(dynamic_shared);
+}
+
+// Copies 16 bytes from global to shared memory, both aligned to 16; the copies before a
+// CommitCopies form a group, and WaitForCopies leaves the `pending` newest groups under way. From
+// sm_80 on they need no registers and no waiting in between.
+__device__ __forceinline__ void CopyAsync16(void* shared, const void* global) {
+  __pipeline_memcpy_async(shared, global, 16);
+}
+__device__ __forceinline__ void CommitCopies() { __pipeline_commit(); }
+template <unsigned pending>
+__device__ __forceinline__ void WaitForCopies() {
+  __pipeline_wait_prior(pending);
 }
 
 // d = a * b + c for a warp: a 16 x 32 and b 32 x 8 int8, c and d 16 x 8 int32, all lanes together.

@@ -29,12 +29,19 @@ struct Operation {
   alignas(16) std::byte data[kWarpLanes][kLaneBytes];
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
+
 struct Fibre {
   Context context;
   Index3 index = {};
   unsigned number = 0;  // in the block
   const char* waits_for = nullptr;
   bool is_done = false;
+  std::deque<std::vector<Copy>> copies = {{}};  // groups; the last one is open
 };
 
 struct Block {
@@ -102,6 +109,9 @@ void WaitFor(const char* what) {
 void FibreMain() {
   ContextEntered(&block.main);
   (*block.body)();
+  for (const std::vector<Copy>& group : block.running->copies) {
+    if (!group.empty()) Fail("thread %u ends without the copies it began", block.running->number);
+  }
   block.running->is_done = true;
   --block.live;
   SwitchToNext(true);
@@ -125,6 +135,7 @@ void RunBlock() {
     fibre.index = {number % blockDim.x, number / blockDim.x % blockDim.y,
                    number / blockDim.x / blockDim.y};
     fibre.is_done = false;
+    fibre.copies = {{}};
     Prepare(&fibre.context, FibreMain);
     Resume(&fibre);
   }
@@ -197,6 +208,23 @@ int SyncThreadsCount(bool predicate) {
   for (Fibre* fibre : block.at_barrier) Resume(fibre);
   block.at_barrier.clear();
   return block.barrier_result;
+}
+
+void CopyLater(void* to, const void* from, std::size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 ||
+      reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+    Fail("a copy of %zu bytes from %p to %p, which are not aligned to it", bytes, from, to);
+  }
+  block.running->copies.back().push_back({to, from, bytes});
+}
+
+void CommitCopies() { block.running->copies.emplace_back(); }
+
+void WaitForCopies(std::size_t pending) {
+  std::deque<std::vector<Copy>>& groups = block.running->copies;
+  for (; groups.size() > pending + 1; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
 }
 
 void WarpOperation(unsigned mask, const char* name, const void* given, std::size_t bytes,

@@ -60,6 +60,12 @@ using LaneData = const void* [kWarpLanes];
 void WarpOperation(unsigned mask, const char* name, const void* given, std::size_t bytes,
                    void (*read)(const LaneData& lanes, void* context), void* context);
 
+// Asynchronous copies of a thread, in groups that CommitCopies closes: made when WaitForCopies
+// leaves no more than `pending` groups. None may be left when the thread ends.
+void CopyLater(void* to, const void* from, std::size_t bytes);
+void CommitCopies();
+void WaitForCopies(std::size_t pending);
+
 // Ends the program.
 [[noreturn]] void Fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

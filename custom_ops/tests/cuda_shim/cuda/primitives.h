@@ -13,6 +13,16 @@ T* DynamicShared() {
   return static_cast<T*>(cuda_shim::DynamicShared());
 }
 
+// Copies happen as late as they may: in WaitForCopies.
+inline void CopyAsync16(void* shared, const void* global) {
+  cuda_shim::CopyLater(shared, global, 16);
+}
+inline void CommitCopies() { cuda_shim::CommitCopies(); }
+template <unsigned pending>
+void WaitForCopies() {
+  cuda_shim::WaitForCopies(pending);
+}
+
 // The fragments of mma.sync.m16n8k32 with .s8 operands, PTX ISA "Warp-level matrix fragment": with
 // g = lane / 4 and i = lane % 4, byte b of register r holds
 //   a: row g + 8 (r % 2), k 4 i + 16 (r / 2) + b
@@ -37,10 +47,10 @@ inline void MultiplyAccumulateS8(const uint32_t (&a)[4], const uint32_t (&b)[2],
       result[r] = c[r];
       for (unsigned k = 0; k < 32; k += 4) {
         const unsigned i = k % 16 / 4;
-        const auto of_a = cuda_shim::ValueOf<Registers>(lanes[row % 8 * 4 + i]);
-        const auto of_b = cuda_shim::ValueOf<Registers>(lanes[column * 4 + i]);
-        result[r] = __dp4a(static_cast<int>(of_a.a[row / 8 + 2 * (k / 16)]),
-                           static_cast<int>(of_b.b[k / 16]), result[r]);
+        const auto* of_a = static_cast<const Registers*>(lanes[row % 8 * 4 + i]);
+        const auto* of_b = static_cast<const Registers*>(lanes[column * 4 + i]);
+        result[r] = __dp4a(static_cast<int>(of_a->a[row / 8 + 2 * (k / 16)]),
+                           static_cast<int>(of_b->b[k / 16]), result[r]);
       }
     }
   });

@@ -11,10 +11,12 @@ import io
 import re
 from collections.abc import Sequence
 
+import numpy as np
 import onnxruntime as ort
 
 from bivlm_edge._ops_library import CUDA_LIBRARY_VARIABLE
 from bivlm_edge.errors import OpsLibraryError, RequestError
+from bivlm_edge.runtime.ort_errors import RUN_ERRORS, ort_sentence
 
 CPU = "cpu"
 CUDA = "cuda"
@@ -25,12 +27,9 @@ _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"  # ONNX Runtime 1
 _DRIVER = "libcuda.so.1"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _INSTEAD = "or use --provider cpu"
-_IDENTITY = bytes.fromhex(  # a model of one Identity: y[1] = x[1]
-    "080812003a370a100a0178120179"
-    "22084964656e74697479120167"
-    "5a0f0a0178120a0a0808011204"
-    "0a020801620f0a0179120a0a08"
-    "08011204" + "0a02080142040a001011"
+_PROBE = bytes.fromhex(  # a model of one node: y[1] = Abs(x[1])
+    "080812003a320a0b0a017812017922034162731201675a0f0a0178120a0a0808"
+    "0112040a020801620f0a0179120a0a08080112040a02080142040a001011"
 )
 
 
@@ -83,22 +82,31 @@ def _check_gpu() -> None:
 
 
 def _check_started() -> None:
-    """Let ONNX Runtime start the provider for the smallest of models.
+    """Let ONNX Runtime start the provider for the smallest of models, and run it.
 
     With a real one the reason would be lost: without the provider our operators have no kernel, and
-    ONNX Runtime complains of their types.
+    ONNX Runtime complains of their types; one that was built for other GPUs starts all the same.
     """
     missing = _preload()
-    if CUDA_PROVIDER in _new_session(_IDENTITY, ort.SessionOptions()).get_providers():
-        return
+    session = _new_session(_PROBE, ort.SessionOptions())
     version = getattr(ort, "cuda_version", "")
-    raise RequestError(
-        f"--provider cuda: the {CUDA_PROVIDER} of onnxruntime {ort.__version__}"
-        f"{f' (built for CUDA {version})' if version else ''} does not start"
-        f"{f': {missing} cannot be loaded' if missing else ''}. Install the CUDA libraries and "
-        "cuDNN of that version ('pip install \"onnxruntime-gpu[cuda,cudnn]\"', or the CUDA toolkit "
-        f"and its folder in LD_LIBRARY_PATH), {_INSTEAD}."
-    )
+    build = f"onnxruntime {ort.__version__}{f' (built for CUDA {version})' if version else ''}"
+    if CUDA_PROVIDER not in session.get_providers():
+        raise RequestError(
+            f"--provider cuda: the {CUDA_PROVIDER} of {build} does not start"
+            f"{f': {missing} cannot be loaded' if missing else ''}. Install the CUDA libraries and "
+            "cuDNN of that version ('pip install \"onnxruntime-gpu[cuda,cudnn]\"', or the CUDA "
+            f"toolkit and its folder in LD_LIBRARY_PATH), {_INSTEAD}."
+        )
+    try:
+        session.run(None, {"x": np.ones(1, np.float32)})
+    except RUN_ERRORS as error:
+        raise RequestError(
+            f"--provider cuda: the {CUDA_PROVIDER} of {build} starts, but runs nothing on this GPU "
+            f"({ort_sentence(error)}). Where that says 'no kernel image' it was built for other "
+            "GPUs: install a build for this one (for a Jetson see docs/JETSON.md), "
+            f"{_INSTEAD}."
+        ) from error
 
 
 def _preload() -> str:

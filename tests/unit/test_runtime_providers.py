@@ -45,9 +45,8 @@ def _has_provider(monkeypatch: pytest.MonkeyPatch) -> None:
 def _starts(monkeypatch: pytest.MonkeyPatch) -> None:
     _has_driver(monkeypatch, _Driver())
     _has_provider(monkeypatch)
-    monkeypatch.setattr(
-        providers, "_new_session", lambda *_: SimpleNamespace(get_providers=lambda: BOTH)
-    )
+    started = SimpleNamespace(get_providers=lambda: BOTH, run=lambda *_: None)
+    monkeypatch.setattr(providers, "_new_session", lambda *_: started)
 
 
 def _has_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +144,28 @@ def test_provider_that_onnxruntime_does_not_start_is_no_silent_cpu(
     )
     with pytest.raises(RequestError, match=message):
         load(bundle.graph, provider="cuda")
+
+
+def test_onnxruntime_built_for_other_gpus(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the package index's wheel on a Jetson: it has the provider, and no code for the GPU."""
+    _starts(monkeypatch)
+
+    def run(*_: Any) -> None:
+        raise RuntimeError("CUDA failure 209: no kernel image is available for execution")
+
+    started = SimpleNamespace(get_providers=lambda: BOTH, run=run)
+    monkeypatch.setattr(providers, "_new_session", lambda *_: started)
+    message = (
+        r"starts, but runs nothing on this GPU \(CUDA failure 209: no kernel image.*JETSON\.md"
+    )
+    with pytest.raises(RequestError, match=message):
+        load(bundle.graph, provider="cuda")
+
+
+def test_the_probe_is_a_model() -> None:
+    session = ort.InferenceSession(providers._PROBE, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": np.full(1, -3, np.float32)})
+    assert y.tolist() == [3]
 
 
 def test_operator_that_runs_on_the_cpu_is_named(bundle: Any) -> None:

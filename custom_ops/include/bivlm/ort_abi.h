@@ -15,6 +15,7 @@ namespace bivlm::ort {
 inline constexpr uint32_t kApiVersion = 17;     // ONNX Runtime 1.17
 inline constexpr uint32_t kGpuApiVersion = 18;  // of the operators on a GPU
 
+struct CudaProviderOptions;
 struct CustomOpDomain;
 struct Env;
 struct IoBinding;
@@ -164,6 +165,8 @@ struct ApiFunction<slot, Result(Arguments...)> {
     Status*(const MemoryInfo*, void* data, std::size_t bytes, const int64_t* dims,                 \
             std::size_t rank, ElementType, Value**))                                               \
   F(CastTypeInfoToTensorInfo, 55, Status*(const TypeInfo*, const TensorTypeAndShapeInfo**))        \
+  F(CreateMemoryInfo, 68,                                                                          \
+    Status*(const char* name, AllocatorType, int device, MemoryType, MemoryInfo**))                \
   F(CreateCpuMemoryInfo, 69, Status*(AllocatorType, MemoryType, MemoryInfo**))                     \
   F(AllocatorFree, 76, Status*(Allocator*, void*))                                                 \
   F(GetAllocatorWithDefaultOptions, 78, Status*(Allocator**))                                      \
@@ -173,6 +176,8 @@ struct ApiFunction<slot, Result(Arguments...)> {
   F(ReleaseValue, 96, void(Value*))                                                                \
   F(ReleaseTypeInfo, 98, void(TypeInfo*))                                                          \
   F(ReleaseSessionOptions, 100, void(SessionOptions*))                                             \
+  F(GetAvailableProviders, 125, Status*(char*** names, int* count))                                \
+  F(ReleaseAvailableProviders, 126, Status*(char** names, int count))                              \
   F(RunWithBinding, 133, Status*(Session*, const RunOptions*, const IoBinding*))                   \
   F(CreateIoBinding, 134, Status*(Session*, IoBinding**))                                          \
   F(ReleaseIoBinding, 135, void(IoBinding*))                                                       \
@@ -181,6 +186,10 @@ struct ApiFunction<slot, Result(Arguments...)> {
   F(BindOutputToDevice, 138, Status*(IoBinding*, const char* name, const MemoryInfo*))             \
   F(GetBoundOutputValues, 140,                                                                     \
     Status*(const IoBinding*, Allocator*, Value*** values, std::size_t* count))                    \
+  F(SessionOptionsAppendExecutionProvider_CUDA_V2, 204,                                            \
+    Status*(SessionOptions*, const CudaProviderOptions*))                                          \
+  F(CreateCUDAProviderOptions, 205, Status*(CudaProviderOptions**))                                \
+  F(ReleaseCUDAProviderOptions, 208, void(CudaProviderOptions*))                                   \
   F(RegisterCustomOpsLibrary_V2, 228, Status*(SessionOptions*, const char* path))
 
 struct CustomOp;

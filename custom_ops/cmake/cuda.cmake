@@ -56,7 +56,8 @@ else()
   message(STATUS "CUDA library: not built, ${BIVLM_CUDA_REASON}")
 endif()
 
-# bivlm_use_cuda(target): its .cu files are compiled for all architectures.
+# bivlm_use_cuda(target): its .cu files are compiled for all architectures; beside each object file
+# stands what ptxas said, which cuda_resources_test reads.
 function(bivlm_use_cuda target)
   set(code ${BIVLM_BUILT_ARCHITECTURES})
   list(POP_BACK code newest)
@@ -69,7 +70,8 @@ function(bivlm_use_cuda target)
     CUDA_VISIBILITY_PRESET hidden
     # A copy of the CUDA runtime of our own: it shares the driver's context and streams with that of
     # ONNX Runtime, whatever version that one is, and needs no libcudart beside it.
-    CUDA_RUNTIME_LIBRARY Static)
+    CUDA_RUNTIME_LIBRARY Static
+    CUDA_COMPILER_LAUNCHER ${CMAKE_CURRENT_SOURCE_DIR}/cmake/record_ptxas.sh)
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
     $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${BIVLM_WERROR}>>:-Werror=all-warnings>)

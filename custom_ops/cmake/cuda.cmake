@@ -1,7 +1,7 @@
 # The CUDA library: decides whether it is built, and for which architectures.
 #
-# Sets BIVLM_HAS_CUDA, or BIVLM_CUDA_REASON, why not, and BIVLM_CUDA_SOURCES, which tests/ compiles
-# with the C++ compiler as well.
+# Sets BIVLM_HAS_CUDA, or BIVLM_CUDA_REASON, why not, and BIVLM_CUDA_SOURCES and
+# BIVLM_CUDA_OPERATOR_SOURCES, which tests/ compiles with the C++ compiler as well.
 set(BIVLM_CUDA AUTO CACHE STRING "Build the CUDA library: ON, OFF or AUTO (where nvcc is found)")
 set(BIVLM_CUDA_ARCHITECTURES "" CACHE STRING
   "Compute capabilities of the CUDA library, as 87 or 80;87. Empty: all that are known to nvcc")
@@ -13,8 +13,26 @@ set(BIVLM_CUDA_SOURCES
   src/cuda/binary_matmul.cu
   src/cuda/binary_matmul_decode.cu
   src/cuda/binary_matmul_prefill.cu
-  src/cuda/binary_matmul_prepare.cu)
+  src/cuda/binary_matmul_prepare.cu
+  src/cuda/gated_silu.cu
+  src/cuda/token_prune.cu
+  src/cuda/token_prune_output.cu
+  src/cuda/token_prune_plan.cc
+  src/cuda/token_prune_select.cu)
 list(TRANSFORM BIVLM_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
+# What makes operators of ONNX Runtime of them.
+set(BIVLM_CUDA_OPERATOR_SOURCES
+  src/ort/adaptor.cc
+  src/ort/binary_matmul_inputs.cc
+  src/ort/gated_silu_inputs.cc
+  src/ort/register.cc
+  src/ort/token_prune_inputs.cc
+  src/ort_cuda/binary_matmul_op.cc
+  src/ort_cuda/gated_silu_op.cc
+  src/ort_cuda/gpu_call.cc
+  src/ort_cuda/library.cc
+  src/ort_cuda/token_prune_op.cc)
+list(TRANSFORM BIVLM_CUDA_OPERATOR_SOURCES PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
 
 function(bivlm_find_cuda)
   set(BIVLM_HAS_CUDA OFF PARENT_SCOPE)

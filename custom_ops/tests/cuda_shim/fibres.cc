@@ -1,5 +1,6 @@
 #include "fibres.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -123,7 +124,7 @@ void RunBlock() {
   block.true_predicates = 0;
   block.operations.assign((block.threads + kWarpLanes - 1) / kWarpLanes, {});
   block.live = block.threads;
-  std::memset(block.shared.data(), 0xFF, block.shared.size());
+  std::fill(block.shared.begin(), block.shared.end(), std::byte{0xFF});
   while (block.fibres.size() < block.threads) {
     block.fibres.push_back(std::make_unique<Fibre>());
     AllocateStack(&block.fibres.back()->context);

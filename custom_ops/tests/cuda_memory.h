@@ -80,8 +80,9 @@ class GuardedDeviceBytes {
   static constexpr int kGuard = 256;
   static constexpr uint8_t kCanary = 0xA5;
   static std::vector<uint8_t> Filled(std::size_t bytes) {
-    std::vector<uint8_t> all(bytes + 2 * kGuard, kCanary);
-    for (std::size_t i = 0; i < bytes; ++i) all[kGuard + i] = 0xFF;
+    std::vector<uint8_t> all(kGuard, kCanary);
+    all.insert(all.end(), bytes, uint8_t{0xFF});
+    all.insert(all.end(), kGuard, kCanary);
     return all;
   }
   // Reads of the guards show with the shim and AddressSanitizer.

@@ -5,13 +5,18 @@ ONNX Runtime itself goes on without a GPU that it cannot use; nothing here does.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
+import re
 from collections.abc import Sequence
 
+import numpy as np
 import onnxruntime as ort
 
 from bivlm_edge._ops_library import CUDA_LIBRARY_VARIABLE
 from bivlm_edge.errors import OpsLibraryError, RequestError
+from bivlm_edge.runtime.ort_errors import RUN_ERRORS, ort_sentence
 
 CPU = "cpu"
 CUDA = "cuda"
@@ -22,6 +27,10 @@ _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"  # ONNX Runtime 1
 _DRIVER = "libcuda.so.1"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _INSTEAD = "or use --provider cpu"
+_PROBE = bytes.fromhex(  # a model of one node: y[1] = Abs(x[1])
+    "080812003a320a0b0a017812017922034162731201675a0f0a0178120a0a0808"
+    "0112040a020801620f0a0179120a0a08080112040a02080142040a001011"
+)
 
 
 def check_provider(provider: str) -> None:
@@ -44,6 +53,7 @@ def check_provider(provider: str) -> None:
             f"{CUDA_PROVIDER}. Replace it by one for this CUDA: 'pip uninstall onnxruntime' and "
             f"'pip install onnxruntime-gpu' (for a Jetson see docs/JETSON.md), {_INSTEAD}."
         )
+    _check_started()
 
 
 def _check_gpu() -> None:
@@ -71,10 +81,55 @@ def _check_gpu() -> None:
         )
 
 
+def _check_started() -> None:
+    """Let ONNX Runtime start the provider for the smallest of models, and run it.
+
+    With a real one the reason would be lost: without the provider our operators have no kernel, and
+    ONNX Runtime complains of their types; one that was built for other GPUs starts all the same.
+    """
+    missing = _preload()
+    session = _new_session(_PROBE, ort.SessionOptions())
+    version = getattr(ort, "cuda_version", "")
+    build = f"onnxruntime {ort.__version__}{f' (built for CUDA {version})' if version else ''}"
+    if CUDA_PROVIDER not in session.get_providers():
+        raise RequestError(
+            f"--provider cuda: the {CUDA_PROVIDER} of {build} does not start"
+            f"{f': {missing} cannot be loaded' if missing else ''}. Install the CUDA libraries and "
+            "cuDNN of that version ('pip install \"onnxruntime-gpu[cuda,cudnn]\"', or the CUDA "
+            f"toolkit and its folder in LD_LIBRARY_PATH), {_INSTEAD}."
+        )
+    try:
+        session.run(None, {"x": np.ones(1, np.float32)})
+    except RUN_ERRORS as error:
+        raise RequestError(
+            f"--provider cuda: the {CUDA_PROVIDER} of {build} starts, but runs nothing on this GPU "
+            f"({ort_sentence(error)}). Where that says 'no kernel image' it was built for other "
+            "GPUs: install a build for this one (for a Jetson see docs/JETSON.md), "
+            f"{_INSTEAD}."
+        ) from error
+
+
+def _preload() -> str:
+    """Load the CUDA libraries that pip installed, where there are any; name those that failed."""
+    preload = getattr(ort, "preload_dlls", None)  # ONNX Runtime 1.21
+    if preload is None:
+        return ""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        preload()
+    found = re.findall(r"^Failed to load ([^:\s]+)", output.getvalue(), re.MULTILINE)
+    return ", ".join(found)
+
+
+def _new_session(source: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    wanted = [CUDA_PROVIDER, CPU_PROVIDER]
+    # ONNX Runtime's own fallback would go on without the GPU when a run fails
+    return ort.InferenceSession(source, sess_options=options, providers=wanted, enable_fallback=0)
+
+
 def cuda_session(
     source: str | bytes, options: ort.SessionOptions, operators: Sequence[str]
 ) -> ort.InferenceSession:
-    """Create a session on the GPU, or refuse: ONNX Runtime's own fallback would do without it.
+    """Create a session on the GPU, for which `check_provider` has found all that it takes.
 
     Args:
         source: Path of the graph, or the graph serialized.
@@ -82,24 +137,10 @@ def cuda_session(
         operators: Names of the operators that must run on the GPU.
 
     Raises:
-        RequestError: ONNX Runtime has not started its CUDA provider.
         OpsLibraryError: One of the operators is not on the GPU.
     """
     options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
-    session = ort.InferenceSession(
-        source,
-        sess_options=options,
-        providers=[CUDA_PROVIDER, CPU_PROVIDER],
-        enable_fallback=0,
-    )
-    if CUDA_PROVIDER not in session.get_providers():
-        raise RequestError(
-            f"--provider cuda: the {CUDA_PROVIDER} of onnxruntime {ort.__version__} does not "
-            "start; most often libcublas, libcudart or libcudnn of the version that it was built "
-            "for is missing. 'python -c \"import onnxruntime; onnxruntime.preload_dlls(); "
-            f"onnxruntime.print_debug_info()\"' shows what it finds. Install what is missing, "
-            f"{_INSTEAD}."
-        )
+    session = _new_session(source, options)
     _check_assignment(session, operators)
     return session
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_types
 
 from bivlm_edge._ops_library import (
     CUDA_LIBRARY_VARIABLE,
@@ -21,6 +21,7 @@ from bivlm_edge._ops_library import (
 from bivlm_edge.bundle import BundlePaths, Manifest, check_files, read_manifest
 from bivlm_edge.errors import BivlmError, BundleError, OpsLibraryError, RequestError
 from bivlm_edge.pruning import KEEP_TOKENS, check_fraction, tokens_to_keep
+from bivlm_edge.runtime.ort_errors import RUN_ERRORS, OrtError, ort_sentence
 from bivlm_edge.runtime.providers import (
     CPU,
     CPU_PROVIDER,
@@ -36,22 +37,6 @@ _FIRST_WITH_OVERLOADS = (1, 27)  # of ONNX Runtime
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _LOG_FATAL = 4  # errors come as exceptions too; once is enough
 _ON_CUDA = ("BinaryMatMul", "GatedSiLU", "TokenPrune")  # of the CUDA library
-
-# All that InferenceSession and register_custom_ops_library raise; they share no base but Exception.
-# Only names that every supported ONNX Runtime has.
-OrtError = (
-    ort_errors.EPFail,
-    ort_errors.EngineError,
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoModel,
-    ort_errors.NoSuchFile,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
-RUN_ERRORS = (*OrtError, RuntimeError)  # run_with_iobinding wraps them all in the latter
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,12 +269,12 @@ def _load_error(graph: Path, error: Exception, library: str | None) -> BivlmErro
             f"operators ({ort_sentence(error)}). Run it without --no-custom-ops, or export it "
             "again with --fallback nbits."
         )
-    if isinstance(error, ort_errors.NotImplemented) or "opset" in text.lower():
+    if isinstance(error, ort_types.NotImplemented) or "opset" in text.lower():
         return BundleError(
             f"ONNX Runtime {ort.__version__} lacks an operator of '{graph}': "
             f"{ort_sentence(error)}. Install a newer one: pip install --upgrade onnxruntime."
         )
-    if isinstance(error, ort_errors.InvalidProtobuf):
+    if isinstance(error, ort_types.InvalidProtobuf):
         return BundleError(
             f"'{graph}' is not a readable ONNX file ({ort_sentence(error)}). "
             "Copy it again, or export again."
@@ -321,16 +306,6 @@ def _check_signature(
             f"'{paths.graph}' has other inputs and outputs than its manifest says; they differ in "
             f"{', '.join(sorted(missing))}. Copy all parts of one export together."
         )
-
-
-def ort_sentence(error: Exception) -> str:
-    """The first line of an ONNX Runtime message, without its error-code prefix."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    text = text.removeprefix("Error in execution: ")
-    if text.startswith("[ONNXRuntimeError]"):
-        text = text.split(" : ", 3)[-1]
-    return text.strip().rstrip(".")
 
 
 def pixel_batch(session: VlmSession, pixels: NDArray[np.float32] | None) -> NDArray[Any]:

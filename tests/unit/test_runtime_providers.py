@@ -14,7 +14,6 @@ import pytest
 
 from bivlm_edge.errors import OpsLibraryError, RequestError
 from bivlm_edge.runtime import Generation, kv_cache, load, providers
-from bivlm_edge.runtime import session as session_module
 from bivlm_edge.runtime.generate import run_step
 from bivlm_edge.runtime.kv_cache import GROWTH, KvCache
 
@@ -41,6 +40,13 @@ def _has_driver(monkeypatch: pytest.MonkeyPatch, driver: _Driver) -> None:
 
 def _has_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers.ort, "get_available_providers", lambda: BOTH)
+
+
+def _starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    _has_driver(monkeypatch, _Driver())
+    _has_provider(monkeypatch)
+    started = SimpleNamespace(get_providers=lambda: BOTH, run=lambda *_: None)
+    monkeypatch.setattr(providers, "_new_session", lambda *_: started)
 
 
 def _has_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +94,7 @@ def test_onnxruntime_without_the_provider(bundle: Any, monkeypatch: pytest.Monke
 
 
 def test_no_cuda_library(make_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    _has_driver(monkeypatch, _Driver())
-    _has_provider(monkeypatch)
+    _starts(monkeypatch)
     _has_nothing_installed(monkeypatch)
     with pytest.raises(OpsLibraryError, match=r"no CUDA operator library .*no nvcc was found"):
         load(make_bundle(domain_node="fallback").graph, provider="cuda")
@@ -98,30 +103,25 @@ def test_no_cuda_library(make_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> N
 def test_variable_of_the_cuda_library_that_names_no_file(
     make_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _has_driver(monkeypatch, _Driver())
-    _has_provider(monkeypatch)
+    _starts(monkeypatch)
     monkeypatch.setenv("BIVLM_CUDA_OPS_LIBRARY", "/nonexistent.so")
     with pytest.raises(OpsLibraryError, match=r"BIVLM_CUDA_OPS_LIBRARY='/nonexistent\.so' is not"):
         load(make_bundle(domain_node="fallback").graph, provider="cuda")
 
 
-@pytest.mark.filterwarnings("ignore:Specified provider")  # this machine's ONNX Runtime lacks it
 def test_cuda_library_is_registered_in_place_of_the_other(
     make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _has_driver(monkeypatch, _Driver())
-    _has_provider(monkeypatch)
+    _starts(monkeypatch)
     library = tmp_path / "libbivlm_custom_ops_cuda.so"
-    library.touch()
+    library.write_text("not ELF", encoding="utf-8")
     monkeypatch.setenv("BIVLM_CUDA_OPS_LIBRARY", str(library))
     monkeypatch.setenv("BIVLM_OPS_LIBRARY", "/never/asked/for.so")
-    seen: list[str] = []
-    monkeypatch.setattr(
-        session_module, "register_library", lambda _options, path: seen.append(path)
+    message = (
+        r"libbivlm_custom_ops_cuda\.so' does not load .*--provider cuda BIVLM_CUDA_OPS_LIBRARY"
     )
-    with pytest.raises(RequestError, match="does not start"):
+    with pytest.raises(OpsLibraryError, match=message):
         load(make_bundle(domain_node="fallback").graph, provider="cuda")
-    assert seen == [str(library)]
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")  # this machine's ONNX Runtime lacks it
@@ -130,8 +130,42 @@ def test_provider_that_onnxruntime_does_not_start_is_no_silent_cpu(
 ) -> None:
     _has_driver(monkeypatch, _Driver())
     _has_provider(monkeypatch)
-    with pytest.raises(RequestError, match=r"CUDAExecutionProvider .* does not start.*cudnn"):
+    with pytest.raises(RequestError, match=r"CUDAExecutionProvider of .* does not start.*cuDNN"):
         load(bundle.graph, provider="cuda")
+
+    def preload() -> None:
+        print("Failed to load libcublas.so.13: libcublas.so.13: cannot open")  # noqa: T201
+        print("Failed to load libcudart.so.13: no such file")  # noqa: T201
+
+    monkeypatch.setattr(providers.ort, "preload_dlls", preload)
+    monkeypatch.setattr(providers.ort, "cuda_version", "13.0", raising=False)
+    message = (
+        r"\(built for CUDA 13\.0\) does not start: libcublas\.so\.13, libcudart\.so\.13 cannot"
+    )
+    with pytest.raises(RequestError, match=message):
+        load(bundle.graph, provider="cuda")
+
+
+def test_onnxruntime_built_for_other_gpus(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the package index's wheel on a Jetson: it has the provider, and no code for the GPU."""
+    _starts(monkeypatch)
+
+    def run(*_: Any) -> None:
+        raise RuntimeError("CUDA failure 209: no kernel image is available for execution")
+
+    started = SimpleNamespace(get_providers=lambda: BOTH, run=run)
+    monkeypatch.setattr(providers, "_new_session", lambda *_: started)
+    message = (
+        r"starts, but runs nothing on this GPU \(CUDA failure 209: no kernel image.*JETSON\.md"
+    )
+    with pytest.raises(RequestError, match=message):
+        load(bundle.graph, provider="cuda")
+
+
+def test_the_probe_is_a_model() -> None:
+    session = ort.InferenceSession(providers._PROBE, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": np.full(1, -3, np.float32)})
+    assert y.tolist() == [3]
 
 
 def test_operator_that_runs_on_the_cpu_is_named(bundle: Any) -> None:
@@ -155,8 +189,7 @@ def test_operator_that_runs_on_the_cpu_is_named(bundle: Any) -> None:
 def test_export_without_fallback_is_refused_on_cuda(
     make_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _has_driver(monkeypatch, _Driver())
-    _has_provider(monkeypatch)
+    _starts(monkeypatch)
     with pytest.raises(OpsLibraryError, match=r"--fallback none: on CUDA its attention"):
         load(make_bundle(domain_node="none").graph, provider="cuda")
 

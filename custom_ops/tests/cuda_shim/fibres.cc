@@ -71,7 +71,11 @@ unsigned FullMask(unsigned warp) {
 
 void Resume(Fibre* fibre) {
   fibre->waits_for = nullptr;
-  block.ready.push_back(fibre);
+  if (block.reverse) {
+    block.ready.push_front(fibre);
+  } else {
+    block.ready.push_back(fibre);
+  }
 }
 
 [[noreturn]] void FailDeadlock() {
@@ -216,7 +220,11 @@ void CopyLater(void* to, const void* from, std::size_t bytes) {
       reinterpret_cast<uintptr_t>(from) % bytes != 0) {
     Fail("a copy of %zu bytes from %p to %p, which are not aligned to it", bytes, from, to);
   }
-  block.running->copies.back().push_back({to, from, bytes});
+  if (block.reverse) {
+    std::memcpy(to, from, bytes);
+  } else {
+    block.running->copies.back().push_back({to, from, bytes});
+  }
 }
 
 void CommitCopies() { block.running->copies.emplace_back(); }

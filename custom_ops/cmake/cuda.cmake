@@ -36,7 +36,11 @@ list(TRANSFORM BIVLM_CUDA_OPERATOR_SOURCES PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
 
 function(bivlm_find_cuda)
   set(BIVLM_HAS_CUDA OFF PARENT_SCOPE)
-  if(NOT BIVLM_CUDA)
+  string(TOUPPER "${BIVLM_CUDA}" wanted)
+  if(NOT wanted MATCHES "^(ON|OFF|AUTO)$")
+    message(FATAL_ERROR "BIVLM_CUDA is '${BIVLM_CUDA}', expected ON, OFF or AUTO")
+  endif()
+  if(wanted STREQUAL "OFF")
     set(BIVLM_CUDA_REASON "BIVLM_CUDA is OFF" PARENT_SCOPE)
     return()
   endif()
@@ -51,16 +55,21 @@ function(bivlm_find_cuda)
       "no working nvcc was found; install the CUDA toolkit or set CUDACXX to its nvcc" PARENT_SCOPE)
     return()
   endif()
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE listed
+                  COMMAND_ERROR_IS_FATAL ANY)
+  string(REGEX MATCHALL "[0-9]+" listed "${listed}")
   set(architectures ${BIVLM_CUDA_ARCHITECTURES})
   if(NOT architectures)
-    execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE listed
-                    COMMAND_ERROR_IS_FATAL ANY)
-    foreach(architecture IN LISTS known_architectures)
-      if(listed MATCHES "compute_${architecture}\n")
-        list(APPEND architectures ${architecture})
-      endif()
-    endforeach()
+    set(architectures ${known_architectures})
+    list(JOIN listed "|" any)
+    list(FILTER architectures INCLUDE REGEX "^(${any})$")
   endif()
+  foreach(architecture IN LISTS architectures)
+    if(NOT architecture IN_LIST listed)
+      message(FATAL_ERROR "BIVLM_CUDA_ARCHITECTURES names ${architecture}, which "
+        "${CMAKE_CUDA_COMPILER} does not know; it knows ${listed}")
+    endif()
+  endforeach()
   set(BIVLM_HAS_CUDA ON PARENT_SCOPE)
   set(BIVLM_BUILT_ARCHITECTURES ${architectures} PARENT_SCOPE)
 endfunction()
@@ -68,13 +77,14 @@ endfunction()
 bivlm_find_cuda()
 if(BIVLM_HAS_CUDA)
   message(STATUS "CUDA library: built for ${BIVLM_BUILT_ARCHITECTURES} with ${CMAKE_CUDA_COMPILER}")
-elseif(BIVLM_CUDA STREQUAL "ON")
+elseif(BIVLM_CUDA MATCHES "^[Oo][Nn]$")
   message(FATAL_ERROR "BIVLM_CUDA=ON, but the CUDA library cannot be built: ${BIVLM_CUDA_REASON}")
 else()
   message(STATUS "CUDA library: not built, ${BIVLM_CUDA_REASON}")
 endif()
 
-# bivlm_use_cuda(target): its .cu files are compiled for all architectures.
+# bivlm_use_cuda(target): its .cu files are compiled for all architectures; beside each object file
+# stands what ptxas said, which cuda_resources_test reads.
 function(bivlm_use_cuda target)
   set(code ${BIVLM_BUILT_ARCHITECTURES})
   list(POP_BACK code newest)
@@ -87,7 +97,8 @@ function(bivlm_use_cuda target)
     CUDA_VISIBILITY_PRESET hidden
     # A copy of the CUDA runtime of our own: it shares the driver's context and streams with that of
     # ONNX Runtime, whatever version that one is, and needs no libcudart beside it.
-    CUDA_RUNTIME_LIBRARY Static)
+    CUDA_RUNTIME_LIBRARY Static
+    CUDA_COMPILER_LAUNCHER ${CMAKE_CURRENT_SOURCE_DIR}/cmake/record_ptxas.sh)
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
     $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${BIVLM_WERROR}>>:-Werror=all-warnings>)

@@ -8,6 +8,7 @@
 #include "fibres.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -54,6 +55,10 @@ void AllocateStack(Context* context) {
 }
 
 void Prepare(Context* context, void (*entry)()) {
+#if defined(__SANITIZE_ADDRESS__)
+  // What ran here before has not returned, and left its variables marked.
+  __asan_unpoison_memory_region(context->stack, context->stack_bytes);
+#endif
 #if defined(__x86_64__)
   // What cuda_shim_switch pops: six registers and an address; the one above it aligns the stack.
   void** top =

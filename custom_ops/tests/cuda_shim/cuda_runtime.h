@@ -15,6 +15,8 @@
 
 #include "fibres.h"
 
+#define BIVLM_CUDA_SHIM
+
 // ---- Language ----
 
 #define __global__
@@ -77,10 +79,14 @@ void Call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<i
 const char* cudaGetErrorString(cudaError_t error);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+// Of just this size, so that AddressSanitizer sees what lies behind.
 inline cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
-  *pointer = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  return *pointer != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
+  return posix_memalign(pointer, 256, bytes) == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 inline cudaError_t cudaFree(void* pointer) {
   std::free(pointer);

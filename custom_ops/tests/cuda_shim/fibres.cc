@@ -1,5 +1,6 @@
 #include "fibres.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -70,7 +71,11 @@ unsigned FullMask(unsigned warp) {
 
 void Resume(Fibre* fibre) {
   fibre->waits_for = nullptr;
-  block.ready.push_back(fibre);
+  if (block.reverse) {
+    block.ready.push_front(fibre);
+  } else {
+    block.ready.push_back(fibre);
+  }
 }
 
 [[noreturn]] void FailDeadlock() {
@@ -123,7 +128,7 @@ void RunBlock() {
   block.true_predicates = 0;
   block.operations.assign((block.threads + kWarpLanes - 1) / kWarpLanes, {});
   block.live = block.threads;
-  std::memset(block.shared.data(), 0xFF, block.shared.size());
+  std::fill(block.shared.begin(), block.shared.end(), std::byte{0xFF});
   while (block.fibres.size() < block.threads) {
     block.fibres.push_back(std::make_unique<Fibre>());
     AllocateStack(&block.fibres.back()->context);
@@ -215,7 +220,11 @@ void CopyLater(void* to, const void* from, std::size_t bytes) {
       reinterpret_cast<uintptr_t>(from) % bytes != 0) {
     Fail("a copy of %zu bytes from %p to %p, which are not aligned to it", bytes, from, to);
   }
-  block.running->copies.back().push_back({to, from, bytes});
+  if (block.reverse) {
+    std::memcpy(to, from, bytes);
+  } else {
+    block.running->copies.back().push_back({to, from, bytes});
+  }
 }
 
 void CommitCopies() { block.running->copies.emplace_back(); }

@@ -33,7 +33,8 @@ inline constexpr unsigned kMaxThreads = 1024;
 // Bytes that a lane can give to an operation of its warp.
 inline constexpr std::size_t kLaneBytes = 64;
 
-// Runs blocks and threads from the last to the first.
+// The other order of everything: blocks and threads from the last to the first, a warp as far as it
+// gets instead of all by turns, asynchronous copies at once instead of as late as they may be.
 void SetReverse(bool reverse);
 
 // Runs `body` once per thread of every block. `shared_bytes` is the dynamic shared memory.

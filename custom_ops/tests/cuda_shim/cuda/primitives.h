@@ -13,7 +13,7 @@ T* DynamicShared() {
   return static_cast<T*>(cuda_shim::DynamicShared());
 }
 
-// Copies happen as late as they may: in WaitForCopies.
+// Copies happen as late as they may, in WaitForCopies, or at once: see SetReverse.
 inline void CopyAsync16(void* shared, const void* global) {
   cuda_shim::CopyLater(shared, global, 16);
 }

@@ -23,6 +23,7 @@ from bivlm_edge.runtime.idle import wait_until_idle
 from bivlm_edge.runtime.kv_cache import KvCache
 from bivlm_edge.runtime.operator_profile import Stage, operator_profile
 from bivlm_edge.runtime.process_memory import memory_bytes
+from bivlm_edge.runtime.providers import CPU
 from bivlm_edge.runtime.sampling import greedy
 from bivlm_edge.runtime.session import VlmSession, load
 
@@ -45,6 +46,7 @@ class Job:
         keep_tokens: Fraction of the image tokens to keep; None: as exported.
         profile_folder: Record the time of every node, in a file there; None: do not. Recording
             slows the runs.
+        provider: Where the graph runs: "cpu" or "cuda".
     """
 
     model: str
@@ -56,6 +58,7 @@ class Job:
     context: int | None = None
     keep_tokens: float | None = None
     profile_folder: str | None = None
+    provider: str = CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class Worker:
         folder = job.profile_folder
         session = load(
             job.model,
+            provider=job.provider,
             custom_ops=job.custom_ops,
             threads=job.threads,
             profile_prefix=None if folder is None else Path(folder) / "nodes",
@@ -120,6 +124,7 @@ class Worker:
             ),
             "kv_cache_bytes_per_token": KvCache.bytes_per_token(session),
             "dtype": session.manifest.dtype,
+            "provider": session.provider,
             "operators": _operators(session.library, session.manifest.uses_custom_ops),
         }
 

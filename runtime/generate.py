@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from bivlm_edge.errors import BundleError, RequestError
 from bivlm_edge.positions import position_rows, without_gaps
 from bivlm_edge.runtime.kv_cache import GROWTH, BoundRun, KvCache
+from bivlm_edge.runtime.ort_errors import RUN_ERRORS, ort_sentence
 from bivlm_edge.runtime.sampling import Sampler, greedy
-from bivlm_edge.runtime.session import RUN_ERRORS, VlmSession, ort_sentence, pixel_batch
+from bivlm_edge.runtime.session import VlmSession, pixel_batch
 
 StopReason = Literal["end", "length", "context"]
 

@@ -26,14 +26,9 @@ from numpy.typing import NDArray
 from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime.benchmark import quartiles
 from bivlm_edge.runtime.idle import wait_until_idle
+from bivlm_edge.runtime.ort_errors import OrtError, ort_sentence
 from bivlm_edge.runtime.process_memory import memory_bytes
-from bivlm_edge.runtime.session import (
-    HUGE_PAGES_VARIABLE,
-    KERNEL_VARIABLE,
-    OrtError,
-    ort_sentence,
-    register_library,
-)
+from bivlm_edge.runtime.session import HUGE_PAGES_VARIABLE, KERNEL_VARIABLE, register_library
 
 Role = Literal["ours", "ort2", "ort4", "fp16", "fp32"]
 Pages = Literal["mapped", "huge"]

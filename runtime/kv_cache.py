@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bivlm_edge.errors import RequestError
 from bivlm_edge.pruning import KEEP_TOKENS
+from bivlm_edge.runtime.providers import CPU
 from bivlm_edge.runtime.session import VlmSession
 
 GROWTH = 256  # positions that a full cache gains
@@ -45,17 +46,18 @@ class KvCache:
         """
         self.session = session
         self.tensors: tuple[ort.OrtValue, ...] = ()
+        self._capacity = 0
         self.tokens = 0
         self.position = 0
         self.single: BoundRun | None = None
-        self._buffers: list[NDArray[Any]] = []
+        self._buffers: list[NDArray[Any]] = []  # the memory of `tensors`, unless that is a GPU's
         self._require(capacity)
         self._allocate(capacity)
 
     @property
     def capacity(self) -> int:
         """Tokens that the buffers hold."""
-        return int(self._buffers[0].shape[2])
+        return self._capacity
 
     @property
     def used_bytes(self) -> int:
@@ -65,7 +67,7 @@ class KvCache:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the buffers; pages that were never written take no memory yet."""
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return self.capacity * self.bytes_per_token(self.session)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all; the contents are copied if the buffers have to grow.
@@ -76,13 +78,12 @@ class KvCache:
         self._require(tokens)
         if tokens > self.capacity:
             context = self.session.manifest.context_length
-            self._allocate(min(context, max(tokens, self.capacity + GROWTH)))
+            self._allocate(min(context, max(tokens, self.capacity + GROWTH)), self)
 
     def copy(self) -> KvCache:
         """Return a cache of its own with the same contents."""
-        other = KvCache(self.session, self.capacity)
-        for mine, theirs in zip(self._buffers, other._buffers, strict=True):
-            theirs[:, :, : self.tokens] = mine[:, :, : self.tokens]
+        other = KvCache(self.session)
+        other._allocate(self.capacity, self)
         other.tokens, other.position = self.tokens, self.position
         return other
 
@@ -114,15 +115,22 @@ class KvCache:
                 "all. Shorten the prompt or the answer."
             )
 
-    def _allocate(self, capacity: int) -> None:
-        manifest = self.session.manifest
+    def _allocate(self, capacity: int, source: KvCache | None = None) -> None:
+        """Get new buffers with the tokens of `source`, where the session reads them."""
+        manifest, device = self.session.manifest, self.session.cache_device
         shape = (1, manifest.kv_heads, capacity, manifest.head_dim)
         new = [_aligned_zeros(shape, self.session.cache_dtype) for _ in self.session.past_names]
-        for buffer, old in zip(new, self._buffers, strict=False):
-            buffer[:, :, : self.tokens] = old[:, :, : self.tokens]
-        self._buffers = new
-        self.tensors = tuple(ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in new)
+        if source is not None and source.tokens:
+            for buffer, old in zip(new, source._contents(), strict=True):
+                buffer[:, :, : source.tokens] = old[:, :, : source.tokens]
+        self.tensors = tuple(ort.OrtValue.ortvalue_from_numpy(buffer, device) for buffer in new)
+        self._buffers = new if device == CPU else []
+        self._capacity = capacity
         self.single = None
+
+    def _contents(self) -> list[NDArray[Any]]:
+        """The buffers; of a GPU copies of them."""
+        return self._buffers or [tensor.numpy() for tensor in self.tensors]
 
     @staticmethod
     def bytes_per_token(session: VlmSession) -> int:
@@ -182,9 +190,8 @@ class BoundRun:
             name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()
         }
         self._binding = session.ort.io_binding()
-        for name, value in self._values.items():
-            if name != "logits":
-                self._binding.bind_ortvalue_input(name, value)
+        self._bind_inputs()
+        self._rebinds = session.provider != CPU
         self._binding.bind_ortvalue_output("logits", self._values["logits"])
         if kept:
             self._binding.bind_output("kept_indices")
@@ -195,6 +202,11 @@ class BoundRun:
             self._binding.bind_ortvalue_input(past, tensor)
             self._binding.bind_ortvalue_output(present, tensor)
 
+    def _bind_inputs(self) -> None:
+        for name, value in self._values.items():
+            if name != "logits":
+                self._binding.bind_ortvalue_input(name, value)
+
     def run(self, positions: NDArray[np.int64], past_length: int) -> None:
         """Run on `token_ids` at `positions`, behind `past_length` cached tokens.
 
@@ -204,6 +216,8 @@ class BoundRun:
         """
         self._positions[...] = positions
         self._past_length[...] = past_length
+        if self._rebinds:  # what a GPU reads is copied there when it is bound
+            self._bind_inputs()
         self._session.run_with_iobinding(self._binding)
 
     def kept_indices(self) -> NDArray[np.int64]:

@@ -10,12 +10,25 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_types
 
-from bivlm_edge._ops_library import LIBRARY_VARIABLE, custom_ops_library
+from bivlm_edge._ops_library import (
+    CUDA_LIBRARY_VARIABLE,
+    LIBRARY_VARIABLE,
+    cuda_ops_library,
+    custom_ops_library,
+)
 from bivlm_edge.bundle import BundlePaths, Manifest, check_files, read_manifest
 from bivlm_edge.errors import BivlmError, BundleError, OpsLibraryError, RequestError
 from bivlm_edge.pruning import KEEP_TOKENS, check_fraction, tokens_to_keep
+from bivlm_edge.runtime.ort_errors import RUN_ERRORS, OrtError, ort_sentence
+from bivlm_edge.runtime.providers import (
+    CPU,
+    CPU_PROVIDER,
+    CUDA,
+    check_provider,
+    cuda_session,
+)
 
 OPS_DOMAIN = "ai.bivlm"
 KERNEL_VARIABLE = "BIVLM_FORCE_KERNEL"
@@ -23,22 +36,7 @@ HUGE_PAGES_VARIABLE = "BIVLM_HUGE_PAGES"
 _FIRST_WITH_OVERLOADS = (1, 27)  # of ONNX Runtime
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _LOG_FATAL = 4  # errors come as exceptions too; once is enough
-
-# All that InferenceSession and register_custom_ops_library raise; they share no base but Exception.
-# Only names that every supported ONNX Runtime has.
-OrtError = (
-    ort_errors.EPFail,
-    ort_errors.EngineError,
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoModel,
-    ort_errors.NoSuchFile,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
-RUN_ERRORS = (*OrtError, RuntimeError)  # run_with_iobinding wraps them all in the latter
+_ON_CUDA = ("BinaryMatMul", "GatedSiLU", "TokenPrune")  # of the CUDA library
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +54,7 @@ class VlmSession:
         output_names: logits, kept_indices, then the outputs of the KV cache in the same order.
         prunes: Whether the graph drops image tokens and takes their number, `keep_tokens`.
         keep_tokens: Tokens that a run keeps of each image; None: as many as the export says.
+        provider: Where it runs: "cpu" or "cuda".
     """
 
     paths: BundlePaths
@@ -68,6 +67,12 @@ class VlmSession:
     output_names: tuple[str, ...]
     prunes: bool = False
     keep_tokens: int | None = None
+    provider: str = CPU
+
+    @property
+    def cache_device(self) -> str:
+        """Where attention reads the KV cache; ONNX Runtime's for CUDA knows no float32."""
+        return CUDA if self.provider == CUDA and self.cache_dtype is np.float16 else CPU
 
     @property
     def dtype(self) -> type[np.floating[Any]]:
@@ -109,19 +114,22 @@ class VlmSession:
 def load(
     path: Path | str,
     *,
+    provider: str = CPU,
     custom_ops: bool = True,
     threads: int | None = None,
     arena: bool = True,
     profile_prefix: Path | None = None,
     graph: bytes | None = None,
 ) -> VlmSession:
-    """Open an exported model on the CPU.
+    """Open an exported model.
 
-    The weights stay in the page cache of `model.onnx.data`, shared between processes; only what
-    ONNX Runtime prepacks is copied, and with BIVLM_HUGE_PAGES=1 the codes of BinaryMatMul.
+    On the CPU the weights stay in the page cache of `model.onnx.data`, shared between processes;
+    only what ONNX Runtime prepacks is copied, and with BIVLM_HUGE_PAGES=1 the codes of
+    BinaryMatMul.
 
     Args:
         path: The `model.onnx`.
+        provider: "cpu", or "cuda" for an NVIDIA GPU. What has no kernel there runs on the CPU.
         custom_ops: Run the operators of the library; False runs their fallback, which stock
             ONNX Runtime has too.
         threads: Threads of one operator; None: as many as physical cores.
@@ -136,18 +144,26 @@ def load(
         BundleError: A file is missing, damaged, of another export, or the graph does not load.
         OpsLibraryError: The library is missing or does not load, the graph needs it, or this ONNX
             Runtime is too old to do without it.
-        RequestError: threads < 1, or BIVLM_FORCE_KERNEL names no kernel of this machine, or
-            BIVLM_HUGE_PAGES asks for what this system does not give.
+        RequestError: The provider is not known, or not to be had here; threads < 1; or
+            BIVLM_FORCE_KERNEL names no kernel of this machine, or BIVLM_HUGE_PAGES asks for what
+            this system does not give.
     """
     if threads is not None and threads < 1:
         raise RequestError(f"--threads {threads} is not a number of threads. Give 1 or more.")
     paths = BundlePaths(Path(path))
     manifest = read_manifest(paths)
     check_files(paths, manifest, whole=False)
+    check_provider(provider)
     if not custom_ops and manifest.uses_custom_ops and manifest.fallback == "none":
         raise OpsLibraryError(
             f"'{paths.graph}' was exported with --fallback none: its operators exist only in the "
             "library. Run it without --no-custom-ops, or export it with --fallback nbits."
+        )
+    if provider == CUDA and manifest.uses_custom_ops and manifest.fallback == "none":
+        raise OpsLibraryError(
+            f"'{paths.graph}' was exported with --fallback none: on CUDA its attention runs by the "
+            "fallback in ONNX Runtime's operators. Export it with --fallback nbits, or use "
+            "--provider cpu."
         )
     if not custom_ops and manifest.uses_custom_ops:
         _require_overloads(paths.graph)
@@ -159,12 +175,13 @@ def load(
         options.profile_file_prefix = str(profile_prefix)
     if threads is not None:
         options.intra_op_num_threads = threads
-    library = custom_ops_library() if custom_ops and manifest.uses_custom_ops else None
-    if library is not None:
+    library = None
+    if custom_ops and manifest.uses_custom_ops:
+        library = cuda_ops_library() if provider == CUDA else custom_ops_library()
         register_library(options, library)
     if graph is not None:
         options.add_session_config_entry(_DATA_FOLDER, str(paths.graph.absolute().parent))
-    session = _create(paths, options, library, graph)
+    session = _create(paths, options, library, graph, provider)
     past_names = tuple(
         f"past_key_values.{layer}.{part}"
         for layer in range(manifest.layers)
@@ -185,6 +202,7 @@ def load(
         past_names,
         output_names,
         prunes=KEEP_TOKENS in {node.name for node in session.get_overridable_initializers()},
+        provider=provider,
     )
 
 
@@ -213,19 +231,27 @@ def register_library(options: ort.SessionOptions, library: str) -> None:
         raise OpsLibraryError(
             f"the operator library '{library}' does not load into ONNX Runtime {ort.__version__}: "
             f"{ort_sentence(error)}. Install it again for this machine and this ONNX Runtime "
-            f"('pip install --force-reinstall .' in the source tree, or {LIBRARY_VARIABLE}), or "
-            "run the model without it (--no-custom-ops)."
+            f"('pip install --force-reinstall .' in the source tree, or {LIBRARY_VARIABLE}; for "
+            f"--provider cuda {CUDA_LIBRARY_VARIABLE}), or run the model without it "
+            "(--no-custom-ops)."
         ) from error
 
 
 def _create(
-    paths: BundlePaths, options: ort.SessionOptions, library: str | None, graph: bytes | None
+    paths: BundlePaths,
+    options: ort.SessionOptions,
+    library: str | None,
+    graph: bytes | None,
+    provider: str,
 ) -> ort.InferenceSession:
     source = str(paths.graph) if graph is None else graph
+    if provider == CUDA:
+        try:
+            return cuda_session(source, options, _ON_CUDA if library is not None else ())
+        except RUN_ERRORS as error:
+            raise _load_error(paths.graph, error, library) from error
     try:
-        return ort.InferenceSession(
-            source, sess_options=options, providers=["CPUExecutionProvider"]
-        )
+        return ort.InferenceSession(source, sess_options=options, providers=[CPU_PROVIDER])
     except OrtError as error:
         raise _load_error(paths.graph, error, library) from error
 
@@ -243,12 +269,12 @@ def _load_error(graph: Path, error: Exception, library: str | None) -> BivlmErro
             f"operators ({ort_sentence(error)}). Run it without --no-custom-ops, or export it "
             "again with --fallback nbits."
         )
-    if isinstance(error, ort_errors.NotImplemented) or "opset" in text.lower():
+    if isinstance(error, ort_types.NotImplemented) or "opset" in text.lower():
         return BundleError(
             f"ONNX Runtime {ort.__version__} lacks an operator of '{graph}': "
             f"{ort_sentence(error)}. Install a newer one: pip install --upgrade onnxruntime."
         )
-    if isinstance(error, ort_errors.InvalidProtobuf):
+    if isinstance(error, ort_types.InvalidProtobuf):
         return BundleError(
             f"'{graph}' is not a readable ONNX file ({ort_sentence(error)}). "
             "Copy it again, or export again."
@@ -280,16 +306,6 @@ def _check_signature(
             f"'{paths.graph}' has other inputs and outputs than its manifest says; they differ in "
             f"{', '.join(sorted(missing))}. Copy all parts of one export together."
         )
-
-
-def ort_sentence(error: Exception) -> str:
-    """The first line of an ONNX Runtime message, without its error-code prefix."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    text = text.removeprefix("Error in execution: ")
-    if text.startswith("[ONNXRuntimeError]"):
-        text = text.split(" : ", 3)[-1]
-    return text.strip().rstrip(".")
 
 
 def pixel_batch(session: VlmSession, pixels: NDArray[np.float32] | None) -> NDArray[Any]:

@@ -27,6 +27,7 @@ from bivlm_edge.cli.common import (
     DebugOption,
     JsonOption,
     NoCustomOpsOption,
+    ProviderOption,
     ThreadsOption,
     command_errors,
     new_app,
@@ -38,13 +39,14 @@ from bivlm_edge.cli.common import (
 from bivlm_edge.errors import DataError, RequestError
 from bivlm_edge.runtime.bench_worker import Job
 from bivlm_edge.runtime.benchmark import Contender, add_profiles, benchmark
+from bivlm_edge.runtime.providers import CPU, check_provider
 
 _PICTURE_SIZE = (640, 480)
 _FEWEST_PROFILED_TOKENS = 3
 _OF_KERNELS = ("shape", "tokens", "cold_mb")
 _OF_MODELS = (
     *("model", "compare", "compare_fallback", "image", "prompt", "new_tokens", "context"),
-    *("keep_tokens", "profile", "no_custom_ops", "synthetic", "refresh"),
+    *("keep_tokens", "profile", "no_custom_ops", "synthetic", "refresh", "provider"),
 )
 
 OptionalModelArgument = Annotated[
@@ -145,6 +147,7 @@ def run(
             show_default=str(DEFAULT_COLD_MB),
         ),
     ] = None,
+    provider: ProviderOption = CPU,
     no_custom_ops: NoCustomOpsOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -183,6 +186,7 @@ def run(
             f"--profile needs --new-tokens {_FEWEST_PROFILED_TOKENS} or more: the prefill's, a "
             "warm-up and one to profile."
         )
+    check_provider(provider)
     model, *built = _models(model, synthetic, pruned=bool(keep_tokens), refresh=refresh)
     compare = [*built, *(compare or [])]
     for path in (model, *compare):
@@ -191,7 +195,10 @@ def run(
         contenders = [
             Contender(
                 label,
-                Job(path, picture, prompt, new_tokens, threads, custom_ops, context, fraction),
+                Job(
+                    *(path, picture, prompt, new_tokens, threads, custom_ops, context, fraction),
+                    provider=provider,
+                ),
             )
             for label, path, custom_ops, fraction in _entries(
                 model, compare, compare_fallback, keep_tokens, custom_ops=not no_custom_ops

@@ -47,6 +47,14 @@ KeepTokensOption = Annotated[
         show_default="as exported",
     ),
 ]
+ProviderOption = Annotated[
+    str,
+    typer.Option(
+        "--provider",
+        help="Where the graph runs: cpu, or cuda on an NVIDIA GPU (docs/JETSON.md).",
+        metavar="cpu|cuda",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", help="Threads of one operator.", show_default="physical cores"),

@@ -13,6 +13,7 @@ from bivlm_edge.cli.common import (
     KeepTokensOption,
     ModelArgument,
     NoCustomOpsOption,
+    ProviderOption,
     ThreadsOption,
     command_errors,
     new_app,
@@ -24,6 +25,7 @@ from bivlm_edge.datasets import DATA_SETS, VqaItem, load_questions
 from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime import Answerer, load
 from bivlm_edge.runtime.evaluate import Evaluation, Score, evaluate
+from bivlm_edge.runtime.providers import CPU
 
 DATA_HELP = f"{', '.join(DATA_SETS)}, or a file of JSON lines with image, question and answer."
 _SPLITS = "; ".join(f"{name} has {', '.join(data.splits)}" for name, data in DATA_SETS.items())
@@ -50,6 +52,7 @@ def run(
         typer.Option("--max-new-tokens", help="Longest answer.", show_default="the model's own"),
     ] = None,
     keep_tokens: KeepTokensOption = None,
+    provider: ProviderOption = CPU,
     no_custom_ops: NoCustomOpsOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -67,7 +70,7 @@ def run(
     """
     if limit is not None and limit < 1:
         raise RequestError(f"--limit {limit} leaves no question to ask. Give 1 or more.")
-    session = load(model, custom_ops=not no_custom_ops, threads=threads)
+    session = load(model, provider=provider, custom_ops=not no_custom_ops, threads=threads)
     answerer = Answerer(session.keeping_fraction(keep_tokens))
     items = questions_of(data, split)[:limit]
     with progress("questions", len(items)) as on_progress:
@@ -77,6 +80,7 @@ def run(
         "data": data,
         "split": split if data in DATA_SETS else None,
         "custom_ops": answerer.session.library is not None,
+        "provider": answerer.session.provider,
         **_to_json(found),
     }
     if not as_json:

@@ -14,6 +14,7 @@ from bivlm_edge.cli.common import (
     KeepTokensOption,
     ModelArgument,
     NoCustomOpsOption,
+    ProviderOption,
     ThreadsOption,
     command_errors,
     new_app,
@@ -22,6 +23,7 @@ from bivlm_edge.cli.common import (
 from bivlm_edge.errors import RequestError
 from bivlm_edge.files import write_bytes
 from bivlm_edge.runtime import Answerer, load, top_p_sampler
+from bivlm_edge.runtime.providers import CPU
 from bivlm_edge.runtime.token_picture import token_picture
 
 app = new_app()
@@ -59,6 +61,7 @@ def run(
             metavar="FILE.png",
         ),
     ] = None,
+    provider: ProviderOption = CPU,
     no_custom_ops: NoCustomOpsOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -79,7 +82,7 @@ def run(
     if show_tokens is not None:
         _check_shown(show_tokens, has_image=bool(image))
     sampler = top_p_sampler(temperature, top_p, seed)
-    session = load(model, custom_ops=not no_custom_ops, threads=threads)
+    session = load(model, provider=provider, custom_ops=not no_custom_ops, threads=threads)
     answerer = Answerer(session.keeping_fraction(keep_tokens))
     start = time.perf_counter()
     picture = answerer.picture(image[0]) if image else None

@@ -1,14 +1,20 @@
-// GatedSiLU with every kernel that this CPU has against the formula in double.
+// GatedSiLU with every kernel that this CPU has against the formula in double; with
+// BIVLM_TEST_CUDA_SHIM the CUDA kernel, run by the shim.
 #include "bivlm/gated_silu.h"
 
 #include <cfloat>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
 
 #include "check.h"
 #include "reference.h"
+
+#ifdef BIVLM_TEST_CUDA_SHIM
+#include "bivlm/cuda/gated_silu.h"
+#endif
 
 namespace bivlm::testing {
 namespace {
@@ -26,8 +32,31 @@ double Load(bool float16, std::size_t i, const void* memory) {
                  : static_cast<const float*>(memory)[i];
 }
 
+struct Implementation {
+  std::string name;
+  std::function<void(const GatedSiluArgs&, const Executor&)> run;
+};
+
+std::vector<Implementation> Implementations() {
+  std::vector<Implementation> all;
+#ifdef BIVLM_TEST_CUDA_SHIM
+  all.push_back({"cuda", [](const GatedSiluArgs& args, const Executor&) {
+                   const std::string problem = cuda::LaunchGatedSilu(args, nullptr);
+                   if (!problem.empty()) std::fprintf(stderr, "%s\n", problem.c_str());
+                 }});
+#else
+  for (const GatedSiluKernel& kernel : GatedSiluKernels()) {
+    if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+    all.push_back({kernel.name, [&kernel](const GatedSiluArgs& args, const Executor& executor) {
+                     RunGatedSilu(kernel, args, executor);
+                   }});
+  }
+#endif
+  return all;
+}
+
 // x (rows, 2 * width), rounded to float16 for that type.
-void Run(Checker* check, const GatedSiluKernel& kernel, bool float16, const std::vector<float>& x,
+void Run(Checker* check, const Implementation& kernel, bool float16, const std::vector<float>& x,
          std::size_t rows, const Executor& executor) {
   const std::size_t width = rows == 0 ? 7 : x.size() / rows / 2;
   const std::size_t bytes = float16 ? 2 : 4;
@@ -40,8 +69,8 @@ void Run(Checker* check, const GatedSiluKernel& kernel, bool float16, const std:
   args.width = width;
   args.x = input.data();
   args.y = output.data();
-  RunGatedSilu(kernel, args, executor);
-  const std::string what = std::string(kernel.name) + (float16 ? " float16 " : " float32 ") +
+  kernel.run(args, executor);
+  const std::string what = kernel.name + (float16 ? " float16 " : " float32 ") +
                            std::to_string(rows) + " x " + std::to_string(width);
   check->Expect(input.IsIntact() && output.IsIntact(), what, ": wrote outside a tensor");
   for (std::size_t i = 0; i < rows * width; ++i) {
@@ -64,8 +93,7 @@ void Run(Checker* check, const GatedSiluKernel& kernel, bool float16, const std:
 
 void RunAll(Checker* check, const std::vector<float>& x, std::size_t rows,
             const Executor& executor = Executor()) {
-  for (const GatedSiluKernel& kernel : GatedSiluKernels()) {
-    if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+  for (const Implementation& kernel : Implementations()) {
     for (const bool float16 : {false, true}) Run(check, kernel, float16, x, rows, executor);
   }
 }

@@ -11,18 +11,22 @@ namespace {
 
 namespace ours = bivlm::ort;
 
-static_assert(ORT_API_VERSION >= 17);
+static_assert(ORT_API_VERSION >= 18);
 
 #define BIVLM_CHECK_SLOT(name, slot, ...)                                     \
   static_assert(offsetof(OrtApi, name) == ours::name::kSlot * sizeof(void*)); \
   static_assert(ours::name::kSlot < sizeof(ours::Api) / sizeof(void*));
 BIVLM_ORT_API_FUNCTIONS(BIVLM_CHECK_SLOT)
+BIVLM_ORT_GPU_FUNCTIONS(BIVLM_CHECK_SLOT)
 BIVLM_ORT_SESSION_FUNCTIONS(BIVLM_CHECK_SLOT)
 #undef BIVLM_CHECK_SLOT
 static_assert(sizeof(ours::Api) <= sizeof(OrtApi));
 static_assert(offsetof(OrtApiBase, GetApi) == offsetof(ours::ApiBase, get_api));
 static_assert(offsetof(OrtApiBase, GetVersionString) ==
               offsetof(ours::ApiBase, get_version_string));
+
+static_assert(offsetof(OrtAllocator, Alloc) == offsetof(ours::Allocator, Alloc));
+static_assert(offsetof(OrtAllocator, Free) == offsetof(ours::Allocator, Free));
 
 #define BIVLM_CHECK_MEMBER(name) \
   static_assert(offsetof(OrtCustomOp, name) == offsetof(ours::CustomOp, name));
@@ -67,6 +71,7 @@ BIVLM_CHECK_VALUE(ours::ElementType::kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLO
 BIVLM_CHECK_VALUE(ours::Characteristic::kRequired, INPUT_OUTPUT_REQUIRED)
 BIVLM_CHECK_VALUE(ours::Characteristic::kOptional, INPUT_OUTPUT_OPTIONAL)
 BIVLM_CHECK_VALUE(ours::MemoryType::kDefault, OrtMemTypeDefault)
+BIVLM_CHECK_VALUE(ours::MemoryType::kCpuInput, OrtMemTypeCPUInput)
 BIVLM_CHECK_VALUE(ours::AttributeType::kInt, ORT_OP_ATTR_INT)
 BIVLM_CHECK_VALUE(ours::AllocatorType::kDevice, OrtDeviceAllocator)
 BIVLM_CHECK_VALUE(ours::LoggingLevel::kFatal, ORT_LOGGING_LEVEL_FATAL)

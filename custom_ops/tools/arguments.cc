@@ -62,7 +62,9 @@ Needs libonnxruntime.so (1.17 or newer) and the operator library; no Python.
   --keep-tokens FRACTION    of the image tokens to keep, of a model exported with pruning
   --threads N               of one operator (default: physical cores)
   --onnxruntime FILE        libonnxruntime.so (default: BIVLM_ONNXRUNTIME, else the loader's)
-  --library FILE            operator library (default: BIVLM_OPS_LIBRARY, else beside this program)
+  --library FILE            operator library (default: BIVLM_OPS_LIBRARY, or with --provider cuda
+                            BIVLM_CUDA_OPS_LIBRARY; else beside this program)
+  --provider cpu|cuda       where the graph runs: cuda on an NVIDIA GPU (default: cpu)
   --no-custom-ops           run on stock ONNX Runtime operators
   --json                    print one line of JSON only
   --show pixels|token-ids   print pixel_values (float32, raw) or the prompt's token ids (JSON) and
@@ -101,6 +103,13 @@ Arguments ParseArguments(const std::vector<std::string>& words) {
        }},
       {"--onnxruntime", [&](const std::string& text) { arguments.onnxruntime = text; }},
       {"--library", [&](const std::string& text) { arguments.library = text; }},
+      {"--provider",
+       [&](const std::string& text) {
+         if (text != "cpu" && text != "cuda") {
+           throw RequestError("--provider '" + text + "' is not known. Accepted: cpu, cuda.");
+         }
+         arguments.provider = text;
+       }},
       {"--show", [&](const std::string& text) { arguments.show = text; }},
       {"--keep-tokens",
        [&](const std::string& text) { arguments.keep_tokens = Number("--keep-tokens", text); }},

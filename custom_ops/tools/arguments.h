@@ -16,6 +16,7 @@ struct Arguments {
   std::string image;                     // "": none
   std::string onnxruntime;
   std::string library;
+  std::string provider = "cpu";  // or "cuda"
   std::optional<int64_t> max_new_tokens;
   std::optional<double> keep_tokens;
   std::optional<int> threads;

@@ -294,9 +294,9 @@ std::string Bench(const OrtRuntime& runtime, const Arguments& arguments) {
   Json memory = {{"before_load", ProcessMemory()}};
   Json unified = {{"before_load", UnifiedMemoryNow()}};
   const Clock::time_point start = Clock::now();
-  const Session session(
-      runtime, BundlePaths{arguments.model},
-      {arguments.library, !arguments.no_custom_ops, arguments.threads, arguments.keep_tokens});
+  const Session session(runtime, BundlePaths{arguments.model},
+                        {arguments.library, !arguments.no_custom_ops, arguments.threads,
+                         arguments.keep_tokens, arguments.provider == "cuda"});
   const double load_ms = MsSince(start);
   memory["after_load"] = ProcessMemory();
   unified["after_load"] = UnifiedMemoryNow();
@@ -330,6 +330,7 @@ std::string Bench(const OrtRuntime& runtime, const Arguments& arguments) {
       {"kv_cache_bytes_per_token", session.cache_bytes_per_token()},
       {"dtype", session.manifest().dtype},
       {"operators", session.operators()},
+      {"provider", session.gpu() == nullptr ? "cpu" : "cuda"},
       {"kept_tokens", worker.kept_tokens()},
       {"kv_cache_bytes", worker.used_bytes()},
       {"kv_cache_allocated_bytes", worker.allocated_bytes()},

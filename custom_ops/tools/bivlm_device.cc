@@ -140,9 +140,9 @@ int Run(const std::vector<std::string>& words) {
     Print(Bench(runtime, arguments) + "\n");
     return 0;
   }
-  const Session session(
-      runtime, BundlePaths{arguments.model},
-      {arguments.library, !arguments.no_custom_ops, arguments.threads, arguments.keep_tokens});
+  const Session session(runtime, BundlePaths{arguments.model},
+                        {arguments.library, !arguments.no_custom_ops, arguments.threads,
+                         arguments.keep_tokens, arguments.provider == "cuda"});
   return Answer(arguments, session);
 }
 

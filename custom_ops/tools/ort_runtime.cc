@@ -75,10 +75,12 @@ std::string OrtRuntime::Take(char* text) const {
 }
 
 OwnedValue TensorView(const OrtRuntime& runtime, ort::ElementType type,
-                      const std::vector<int64_t>& dims, void* data, std::size_t bytes) {
+                      const std::vector<int64_t>& dims, void* data, std::size_t bytes,
+                      const ort::MemoryInfo* memory) {
   ort::Value* value = nullptr;
   runtime.Check(ort::CreateTensorWithDataAsOrtValue::Call(
-      runtime.api(), runtime.memory(), data, bytes, dims.data(), dims.size(), type, &value));
+      runtime.api(), memory == nullptr ? runtime.memory() : memory, data, bytes, dims.data(),
+      dims.size(), type, &value));
   return OwnedValue(value, {runtime.api()});
 }
 

@@ -60,14 +60,21 @@ template <typename Handle, typename Release>
 using Owned = std::unique_ptr<Handle, Releaser<Handle, Release>>;
 
 using OwnedBinding = Owned<ort::IoBinding, ort::ReleaseIoBinding>;
+using OwnedMemoryInfo = Owned<ort::MemoryInfo, ort::ReleaseMemoryInfo>;
 using OwnedOptions = Owned<ort::SessionOptions, ort::ReleaseSessionOptions>;
 using OwnedSession = Owned<ort::Session, ort::ReleaseSession>;
 using OwnedTypeInfo = Owned<ort::TypeInfo, ort::ReleaseTypeInfo>;
 using OwnedValue = Owned<ort::Value, ort::ReleaseValue>;
 
-// A tensor that is a view of `data`, which must outlive it.
+inline std::size_t ElementSize(ort::ElementType type) {
+  return type == ort::ElementType::kFloat16 ? 2 : type == ort::ElementType::kInt64 ? 8 : 4;
+}
+
+// A tensor that is a view of `data`, which must outlive it and lies where `memory` says; null: on
+// the host.
 OwnedValue TensorView(const OrtRuntime& runtime, ort::ElementType type,
-                      const std::vector<int64_t>& dims, void* data, std::size_t bytes);
+                      const std::vector<int64_t>& dims, void* data, std::size_t bytes,
+                      const ort::MemoryInfo* memory = nullptr);
 
 }  // namespace bivlm::device
 

@@ -4,12 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "bundle.h"
+#include "gpu.h"
 #include "ort_runtime.h"
 
 namespace bivlm::device {
@@ -27,6 +29,7 @@ class Session {
     bool custom_ops = true;          // false: the operators' fallback
     std::optional<int> threads;      // of one operator; none: ONNX Runtime's choice
     std::optional<double> fraction;  // of the image tokens to keep; none: as exported
+    bool cuda = false;               // run on an NVIDIA GPU
   };
 
   // Throws Error if a file is missing or damaged, the library does not load or the graph is none
@@ -37,6 +40,11 @@ class Session {
   const BundlePaths& paths() const { return paths_; }
   const Manifest& manifest() const { return manifest_; }
   ort::Session* ort() const { return session_.get(); }
+  // The GPU that the graph runs on, or null: the CPU.
+  const Gpu* gpu() const { return gpu_.get(); }
+  // Where attention reads the KV cache on it, or null: on the host. ONNX Runtime's attention for
+  // CUDA knows no float32.
+  const ort::MemoryInfo* cache_memory() const;
   // What the operators run as: "library", "fallback" or "standard".
   const char* operators() const { return operators_; }
   // Tokens kept of each image; none: as the export says.
@@ -49,6 +57,8 @@ class Session {
 
  private:
   void Create(const Options& options);
+  void RegisterLibrary(const Options& options, ort::SessionOptions* made);
+  void AppendCuda(ort::SessionOptions* made);
   void CheckSignature();
   std::vector<std::string> InputNames() const;
   std::vector<std::string> OutputNames() const;
@@ -58,6 +68,8 @@ class Session {
   const OrtRuntime& runtime_;
   BundlePaths paths_;
   Manifest manifest_;
+  std::unique_ptr<Gpu> gpu_;
+  OwnedMemoryInfo gpu_memory_;
   OwnedSession session_;
   const char* operators_ = "standard";
   std::optional<int64_t> keep_tokens_;
@@ -99,8 +111,12 @@ class KvCache {
   int64_t capacity_ = 0;
   int64_t tokens_ = 0;
   int64_t position_ = 0;
-  std::vector<std::unique_ptr<void, void (*)(void*)>> memory_;
-  std::vector<char*> buffers_;  // aligned, in memory_
+  using Memory = std::unique_ptr<void, std::function<void(void*)>>;
+  Memory NewMemory(std::size_t bytes, int64_t capacity) const;
+  void CopyTokens(char* to, int64_t capacity, const char* from) const;
+
+  std::vector<Memory> memory_;
+  std::vector<char*> buffers_;  // aligned, in memory_; on the GPU if the session says so
   std::vector<OwnedValue> tensors_;
   std::unique_ptr<BoundRun> single_;  // of the next single token, while the buffers stay
   std::unique_ptr<BoundRun> last_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -584,6 +585,7 @@ REQUESTS: dict[str, tuple[Sequence[object], str]] = {
     "no pruning": (["a", "--keep-tokens", "0.5"], "was exported without pruning"),
     "no fraction": (["a", "--keep-tokens", "1.5"], "--keep-tokens 1.5 is not a fraction"),
     "two pictures": (["a", "--image", "x", "--image", "y"], "--image is given twice"),
+    "other provider": (["a", "--provider", "gpu"], "--provider 'gpu' is not known. Accepted: cpu"),
     "bench option": (["a", "--repeats", "3"], "--repeats is about --bench"),
     "no ONNX Runtime": (["a", "--onnxruntime", "nowhere.so"], "does not load as ONNX Runtime"),
     "no library": (["a", "--library", "nowhere.so"], "'nowhere.so' is not there"),
@@ -595,6 +597,64 @@ def test_bad_requests_get_one_sentence(run: Run, two_bit_export: BundlePaths, na
     arguments, sentence = REQUESTS[name]
     code = 3 if name == "no ids" else 2
     assert sentence in refusal(run(two_bit_export.graph, *arguments), code)
+
+
+DRIVER = """
+#include <stdlib.h>
+int cuInit(unsigned flags) { (void)flags; return atoi(getenv("FAKE_INIT")); }
+int cuDeviceGetCount(int* count) { *count = atoi(getenv("FAKE_COUNT")); return 0; }
+int cuDeviceGet(int* device, int ordinal) { *device = ordinal; return 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) { *context = &device; return 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; return 0; }
+int cuCtxSetCurrent(void* context) { (void)context; return 0; }
+int cuCtxSynchronize(void) { return 0; }
+int cuMemAlloc_v2(void) { return 2; }
+int cuMemFree_v2(void) { return 0; }
+int cuMemsetD8_v2(void) { return 0; }
+int cuMemcpyDtoD_v2(void) { return 0; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "gpus", "sentence"),
+    [
+        (100, 0, "the NVIDIA driver finds no GPU"),
+        (0, 0, "the NVIDIA driver finds no GPU"),
+        (803, 1, "the NVIDIA driver fails (CUDA error 803)"),
+        (0, 1, "was built without CUDAExecutionProvider"),
+    ],
+)
+def test_what_cuda_lacks_is_said(
+    run: Run, two_bit_export: BundlePaths, tmp_path: Path, start: int, gpus: int, sentence: str
+) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to build a driver that answers as told")
+    source = tmp_path / "driver.c"
+    source.write_text(DRIVER, encoding="utf-8")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    done = run(
+        *(two_bit_export.graph, "hi", "--provider", "cuda"),
+        environment={
+            "LD_LIBRARY_PATH": str(tmp_path),
+            "FAKE_INIT": str(start),
+            "FAKE_COUNT": str(gpus),
+        },
+    )
+    message = refusal(done, 2)
+    assert f"--provider cuda: {'this ONNX Runtime' if start == 0 and gpus else 'the'}" in message
+    assert sentence in message
+
+
+def test_no_driver_is_said(run: Run, two_bit_export: BundlePaths) -> None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        message = refusal(run(two_bit_export.graph, "hi", "--provider", "cuda"), 2)
+        assert "--provider cuda: no NVIDIA driver is installed here (libcuda.so.1" in message
+    else:
+        pytest.skip("this machine has an NVIDIA driver")
 
 
 def test_a_library_that_is_none_is_refused(run: Run, two_bit_export: BundlePaths) -> None:

@@ -299,3 +299,25 @@ def test_reader_that_leaves_gets_no_complaint(bundle: Any, tmp_path: Path) -> No
     complaint = process.stderr.read()
     process.stderr.close()
     assert (process.wait(), complaint) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [("run", ["hi"]), ("bench", []), ("eval", ["--data", "easy-vqa"])],
+)
+def test_provider_that_is_not_known_or_not_there_is_refused(
+    bundle: Any, tmp_path: Path, command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = _run(tmp_path, command, bundle.graph, *arguments, "--provider", "gpu")
+    assert unknown.returncode == 2
+    assert "--provider 'gpu' is not known. Accepted: cpu, cuda." in unknown.stderr
+    monkeypatch.setattr("bivlm_edge.runtime.providers._DRIVER", "libnot-there.so.1")
+    missing = _run(tmp_path, command, bundle.graph, *arguments, "--provider", "cuda")
+    assert missing.returncode == 2
+    assert f"bivlm-{command}: --provider cuda: no NVIDIA driver" in missing.stderr
+
+
+def test_kernels_take_no_provider(tmp_path: Path) -> None:
+    found = _run(tmp_path, "bench", "--kernels", "--provider", "cuda")
+    assert found.returncode == 2
+    assert "--provider is about a model" in found.stderr

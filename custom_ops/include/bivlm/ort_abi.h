@@ -1,5 +1,6 @@
 // The part of the ONNX Runtime C API that the custom operators and bivlm-device use, restated at
-// API version 17, so that both build without ONNX Runtime's headers and never link to it.
+// API version 17 (what GPUs need: 18), so that both build without ONNX Runtime's headers and never
+// link to it.
 //
 // OrtApi is a table of function pointers to which versions only append, so a slot number is valid
 // for ever. tests/ort_abi_test.cc compares every number below with the official headers.
@@ -11,9 +12,10 @@
 
 namespace bivlm::ort {
 
-inline constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17
+inline constexpr uint32_t kApiVersion = 17;     // ONNX Runtime 1.17
+inline constexpr uint32_t kGpuApiVersion = 18;  // of the operators on a GPU
 
-struct Allocator;
+struct CudaProviderOptions;
 struct CustomOpDomain;
 struct Env;
 struct IoBinding;
@@ -49,14 +51,21 @@ enum class ElementType : int {
 };
 
 enum class Characteristic : int { kRequired = 0, kOptional = 1 };
-enum class MemoryType : int { kDefault = 0 };
+enum class MemoryType : int { kCpuInput = -2, kDefault = 0 };
 enum class AttributeType : int { kInt = 1 };
 enum class AllocatorType : int { kDevice = 0 };
 enum class LoggingLevel : int { kFatal = 4 };
 
 // OrtApi. The table of a newer ONNX Runtime is longer.
 struct Api {
-  void (*slots[275])();
+  void (*slots[278])();
+};
+
+// OrtAllocator. Newer ones have further members.
+struct Allocator {
+  uint32_t version;
+  void* (*Alloc)(Allocator*, std::size_t bytes);
+  void (*Free)(Allocator*, void*);
 };
 
 struct ApiBase {
@@ -127,6 +136,16 @@ struct ApiFunction<slot, Result(Arguments...)> {
     Status*(const KernelContext*, void (*body)(void* user, std::size_t index), std::size_t total, \
             std::size_t batches, void* user))
 
+// What operators on a GPU call beside that: name, slot, signature.
+#define BIVLM_ORT_GPU_FUNCTIONS(F)                                                        \
+  F(ReleaseAllocator, 132, void(Allocator*))                                              \
+  F(GetTensorMemoryInfo, 194, Status*(const Value*, const MemoryInfo**))                  \
+  F(KernelContext_GetGPUComputeStream, 193, Status*(const KernelContext*, void** stream)) \
+  F(KernelContext_GetAllocator, 253,                                                      \
+    Status*(const KernelContext*, const MemoryInfo*, Allocator**))                        \
+  F(KernelContext_GetScratchBuffer, 277,                                                  \
+    Status*(const KernelContext*, const MemoryInfo*, std::size_t bytes, void** buffer))
+
 // What a program calls that opens a model and runs it: name, slot, signature.
 #define BIVLM_ORT_SESSION_FUNCTIONS(F)                                                             \
   F(CreateEnv, 3, Status*(LoggingLevel, const char* name, Env**))                                  \
@@ -146,6 +165,8 @@ struct ApiFunction<slot, Result(Arguments...)> {
     Status*(const MemoryInfo*, void* data, std::size_t bytes, const int64_t* dims,                 \
             std::size_t rank, ElementType, Value**))                                               \
   F(CastTypeInfoToTensorInfo, 55, Status*(const TypeInfo*, const TensorTypeAndShapeInfo**))        \
+  F(CreateMemoryInfo, 68,                                                                          \
+    Status*(const char* name, AllocatorType, int device, MemoryType, MemoryInfo**))                \
   F(CreateCpuMemoryInfo, 69, Status*(AllocatorType, MemoryType, MemoryInfo**))                     \
   F(AllocatorFree, 76, Status*(Allocator*, void*))                                                 \
   F(GetAllocatorWithDefaultOptions, 78, Status*(Allocator**))                                      \
@@ -155,6 +176,8 @@ struct ApiFunction<slot, Result(Arguments...)> {
   F(ReleaseValue, 96, void(Value*))                                                                \
   F(ReleaseTypeInfo, 98, void(TypeInfo*))                                                          \
   F(ReleaseSessionOptions, 100, void(SessionOptions*))                                             \
+  F(GetAvailableProviders, 125, Status*(char*** names, int* count))                                \
+  F(ReleaseAvailableProviders, 126, Status*(char** names, int count))                              \
   F(RunWithBinding, 133, Status*(Session*, const RunOptions*, const IoBinding*))                   \
   F(CreateIoBinding, 134, Status*(Session*, IoBinding**))                                          \
   F(ReleaseIoBinding, 135, void(IoBinding*))                                                       \
@@ -163,11 +186,16 @@ struct ApiFunction<slot, Result(Arguments...)> {
   F(BindOutputToDevice, 138, Status*(IoBinding*, const char* name, const MemoryInfo*))             \
   F(GetBoundOutputValues, 140,                                                                     \
     Status*(const IoBinding*, Allocator*, Value*** values, std::size_t* count))                    \
+  F(SessionOptionsAppendExecutionProvider_CUDA_V2, 204,                                            \
+    Status*(SessionOptions*, const CudaProviderOptions*))                                          \
+  F(CreateCUDAProviderOptions, 205, Status*(CudaProviderOptions**))                                \
+  F(ReleaseCUDAProviderOptions, 208, void(CudaProviderOptions*))                                   \
   F(RegisterCustomOpsLibrary_V2, 228, Status*(SessionOptions*, const char* path))
 
 struct CustomOp;
 #define BIVLM_DECLARE_API_FUNCTION(name, slot, ...) using name = ApiFunction<slot, __VA_ARGS__>;
 BIVLM_ORT_API_FUNCTIONS(BIVLM_DECLARE_API_FUNCTION)
+BIVLM_ORT_GPU_FUNCTIONS(BIVLM_DECLARE_API_FUNCTION)
 BIVLM_ORT_SESSION_FUNCTIONS(BIVLM_DECLARE_API_FUNCTION)
 #undef BIVLM_DECLARE_API_FUNCTION
 

@@ -3,6 +3,7 @@
 #define BIVLM_ORT_OPERATORS_H_
 
 #include <cstddef>
+#include <vector>
 
 #include "bivlm/ort_abi.h"
 
@@ -40,6 +41,25 @@ Operator MakeBinaryMatMulOp(const Api* api);
 Operator MakeAttentionOp(const Api* api, ElementType type, ElementType cache_type);
 Operator MakeGatedSiluOp(const Api* api, ElementType type);
 Operator MakeTokenPruneOp(const Api* api, ElementType type, ElementType metric_type);
+
+// What a library registers; each has its own list, and the oldest API that it can do with.
+struct Library {
+  const char* name;
+  uint32_t api_version;
+  std::vector<Operator> (*operators)(const Api* api);
+};
+extern const Library kLibrary;
+
+// make(api, type of hidden, type of metric) for all types that TokenPrune has, behind `operators`.
+template <typename Make>
+void AddTokenPruneOps(const Api* api, const Make& make, std::vector<Operator>* operators) {
+  for (const ElementType type : {ElementType::kFloat32, ElementType::kFloat16}) {
+    for (const ElementType metric :
+         {ElementType::kFloat32, ElementType::kFloat16, ElementType::kInt8}) {
+      operators->push_back(make(api, type, metric));
+    }
+  }
+}
 
 }  // namespace bivlm::ort
 

@@ -24,23 +24,10 @@ uint32_t MinorVersion(const ApiBase* base) {
 // registration is never freed.
 struct Registration {
   const Api* api;
-  Operator ops[12];
+  std::vector<Operator> ops;
   CustomOpDomain* domain = nullptr;
 
-  Registration(const Api* used, bool infers_shapes)
-      : api(used),
-        ops{MakeBinaryMatMulOp(used),
-            MakeAttentionOp(used, ElementType::kFloat32, ElementType::kFloat32),
-            MakeAttentionOp(used, ElementType::kFloat16, ElementType::kFloat16),
-            MakeAttentionOp(used, ElementType::kFloat32, ElementType::kFloat16),
-            MakeGatedSiluOp(used, ElementType::kFloat32),
-            MakeGatedSiluOp(used, ElementType::kFloat16),
-            MakeTokenPruneOp(used, ElementType::kFloat32, ElementType::kFloat32),
-            MakeTokenPruneOp(used, ElementType::kFloat32, ElementType::kFloat16),
-            MakeTokenPruneOp(used, ElementType::kFloat32, ElementType::kInt8),
-            MakeTokenPruneOp(used, ElementType::kFloat16, ElementType::kFloat16),
-            MakeTokenPruneOp(used, ElementType::kFloat16, ElementType::kFloat32),
-            MakeTokenPruneOp(used, ElementType::kFloat16, ElementType::kInt8)} {
+  Registration(const Api* used, bool infers_shapes) : api(used), ops(kLibrary.operators(used)) {
     Check(CreateCustomOpDomain::Call(api, kDomain, &domain));
     for (Operator& op : ops) {
       if (!infers_shapes) op.InferOutputShapeFn = nullptr;
@@ -66,9 +53,10 @@ Status* RefuseOldRuntime(const ApiBase* base) {
   const Api* api = base->get_api(MinorVersion(base));
   if (api == nullptr) api = base->get_api(1);
   if (api == nullptr) return nullptr;
-  const std::string message = std::string("bivlm_custom_ops " BIVLM_VERSION) +
-                              " needs ONNX Runtime 1.17 or newer, this is " +
-                              base->get_version_string() + ": upgrade onnxruntime";
+  const std::string message = kLibrary.name + std::string(" " BIVLM_VERSION) +
+                              " needs ONNX Runtime 1." + std::to_string(kLibrary.api_version) +
+                              " or newer, this is " + base->get_version_string() +
+                              ": upgrade onnxruntime";
   return CreateStatus::Call(api, ErrorCode::kNotImplemented, message.c_str());
 }
 
@@ -79,7 +67,7 @@ Status* RefuseOldRuntime(const ApiBase* base) {
 extern "C" __attribute__((visibility("default"))) bivlm::ort::Status* RegisterCustomOps(
     bivlm::ort::SessionOptions* options, const bivlm::ort::ApiBase* base) {
   using namespace bivlm::ort;  // NOLINT(google-build-using-namespace)
-  const Api* api = base->get_api(kApiVersion);
+  const Api* api = base->get_api(kLibrary.api_version);
   if (api == nullptr) return RefuseOldRuntime(base);
   return Guard(api, "RegisterCustomOps", [&] {
     CustomOpDomain* domain = DomainFor(api, MinorVersion(base));

@@ -1,0 +1,124 @@
+// The part of <cuda_runtime.h> that src/cuda uses, for a C++ compiler and a CPU: kernels run as
+// fibres (fibres.h) when they are launched. Test code; nothing of it is shipped.
+//
+// Device memory is host memory, and a stream is always idle.
+#ifndef BIVLM_TESTS_CUDA_SHIM_CUDA_RUNTIME_H_
+#define BIVLM_TESTS_CUDA_SHIM_CUDA_RUNTIME_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "fibres.h"
+
+#define BIVLM_CUDA_SHIM
+
+// ---- Language ----
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __shared__ static
+#define __constant__ static const
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+inline constexpr int warpSize = 32;
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+#define BIVLM_SHIM_VECTORS(type, name)                             \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \
+  struct alignas(4 * sizeof(type)) name##4 { type x, y, z, w; };   \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+BIVLM_SHIM_VECTORS(int, int)
+BIVLM_SHIM_VECTORS(unsigned, uint)
+BIVLM_SHIM_VECTORS(float, float)
+#undef BIVLM_SHIM_VECTORS
+
+// ---- Host API ----
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+};
+using cudaStream_t = struct CUstream_st*;
+enum cudaMemcpyKind {
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+namespace cuda_shim {
+// What cudaFuncSetAttribute allowed a kernel, else 48 KiB.
+std::size_t AllowedSharedBytes(const void* kernel);
+cudaError_t AllowSharedBytes(const void* kernel, int bytes);
+cudaError_t CheckLaunch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes);
+
+template <typename... Parameters, std::size_t... i>
+void Call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<i...>) {
+  kernel(*static_cast<Parameters*>(arguments[i])...);
+}
+}  // namespace cuda_shim
+
+const char* cudaGetErrorString(cudaError_t error);
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+// Of just this size, so that AddressSanitizer sees what lies behind.
+inline cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
+  return posix_memalign(pointer, 256, bytes) == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void* pointer) {
+  std::free(pointer);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  return cuda_shim::AllowSharedBytes(reinterpret_cast<const void*>(kernel), value);
+}
+
+// Runs the kernel before it returns.
+template <typename... Parameters>
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments,
+                             std::size_t shared_bytes, cudaStream_t) {
+  const cudaError_t error =
+      cuda_shim::CheckLaunch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes);
+  if (error != cudaSuccess) return error;
+  cuda_shim::RunGrid({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes, [&] {
+    cuda_shim::Call(kernel, arguments, std::index_sequence_for<Parameters...>());
+  });
+  return cudaSuccess;
+}
+
+#include "device_functions.h"
+
+#endif  // BIVLM_TESTS_CUDA_SHIM_CUDA_RUNTIME_H_

@@ -186,7 +186,8 @@ def test_weights_of_both_branches_are_stored_and_counted_once(
     prune = PruneConfig(keep_ratio=0.25, layer=LAYER)
     config = ExportConfig(QuantConfig(calibration_samples=8), prune)
     paths = export_reference(tmp_path, config)
-    assert paths.data.stat().st_size < two_bit_export.data.stat().st_size + 8192
+    # the layers before LAYER take a quarter; planes and padding differ with the calibration
+    assert paths.data.stat().st_size < 1.05 * two_bit_export.data.stat().st_size
     names = [
         [
             layer["name"]

@@ -22,7 +22,9 @@ OTHER = {
     "runtime/answer.py",
     "runtime/generate.py",
     "runtime/kv_cache.py",
+    "runtime/ort_errors.py",
     "runtime/process_memory.py",
+    "runtime/providers.py",
     "runtime/sampling.py",
     "runtime/session.py",
 }

@@ -74,13 +74,23 @@ function(bivlm_find_cuda)
   set(BIVLM_BUILT_ARCHITECTURES ${architectures} PARENT_SCOPE)
 endfunction()
 
+# bivlm_say(text): a line of what CMake prints. pip keeps that to itself (but for pip install -v), so
+# that under pip the line goes to the terminal, too, where there is one.
+function(bivlm_say text)
+  message(STATUS "${text}")
+  if(SKBUILD)
+    execute_process(COMMAND sh -c "printf '\\n%s\\n' \"$1\" >/dev/tty" sh "bivlm-edge: ${text}"
+                    RESULT_VARIABLE no_terminal ERROR_QUIET)
+  endif()
+endfunction()
+
 bivlm_find_cuda()
 if(BIVLM_HAS_CUDA)
-  message(STATUS "CUDA library: built for ${BIVLM_BUILT_ARCHITECTURES} with ${CMAKE_CUDA_COMPILER}")
+  bivlm_say("CUDA library: built for ${BIVLM_BUILT_ARCHITECTURES} with ${CMAKE_CUDA_COMPILER}")
 elseif(BIVLM_CUDA MATCHES "^[Oo][Nn]$")
   message(FATAL_ERROR "BIVLM_CUDA=ON, but the CUDA library cannot be built: ${BIVLM_CUDA_REASON}")
 else()
-  message(STATUS "CUDA library: not built, ${BIVLM_CUDA_REASON}")
+  bivlm_say("CUDA library: not built, ${BIVLM_CUDA_REASON}")
 endif()
 
 # bivlm_use_cuda(target): its .cu files are compiled for all architectures; beside each object file

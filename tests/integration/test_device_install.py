@@ -33,3 +33,16 @@ def test_runtime_imports_in_an_environment_without_torch(tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "torch,transformers,onnx,scipy"
+
+
+def test_pip_tells_the_terminal_that_the_cuda_library_is_not_built(tmp_path: Path) -> None:
+    # scikit-build-core sets SKBUILD; pip keeps the output of CMake to itself
+    options = f"-S {ROOT}/custom_ops -B {tmp_path} -DSKBUILD=2 -DBIVLM_CUDA=OFF"
+    done = subprocess.run(
+        ["script", "--quiet", "--return", "--command", f"cmake {options} >/dev/null", "/dev/null"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "bivlm-edge: CUDA library: not built, BIVLM_CUDA is OFF"

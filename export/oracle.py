@@ -86,6 +86,24 @@ class TorchOracle:
         ).kept_indices
         return cast("NDArray[np.int64]", indices[0])
 
+    def uncovered(self, sample: Sample, kept: NDArray[np.int64]) -> float:
+        """Return how far image tokens are from kept ones, by their places.
+
+        Args:
+            sample: Prompt and pictures.
+            kept: Positions that reach the decoder.
+
+        Returns:
+            The mean, over image tokens, of 1 - cosine to the nearest kept token of their picture
+            (`places.features`): 0 if all are kept, 1 if none is.
+        """
+        is_image = (sample.input_ids == self._vlm.image_token_id)[0].numpy()
+        places = self._vlm.place_features().astype(np.float32)
+        places /= np.linalg.norm(places, axis=1, keepdims=True)
+        is_kept = np.isin(np.flatnonzero(is_image), kept).reshape(-1, self._vlm.image_tokens)
+        nearest = [(places @ places[row].T).max(axis=1, initial=0.0) for row in is_kept]
+        return max(0.0, float(1.0 - np.mean(nearest)))
+
     def _keep(self, is_image: Tensor, scores: Tensor | None) -> NDArray[np.int64]:
         """Return the tokens to keep, one number or of each picture, ``(1, pictures)``."""
         most = tokens_to_keep(self._prune.keep_ratio, self._vlm.image_tokens)

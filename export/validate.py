@@ -27,6 +27,8 @@ BOUNDS = {("none", "fp32"): 1e-3, ("none", "fp16"): 5e-2}
 QUANTIZED_BOUND = 0.15
 # Int8 rounding moves features by about 1 %, which tips near-ties of the selection.
 MIN_KEPT_SAME = 0.9
+# How much farther a picture's tokens may be from those that a spreading mode keeps than in torch.
+MAX_FARTHER = 1.25
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 RUNTIME_ERRORS = (
     runtime_errors.Fail,
@@ -212,17 +214,7 @@ def validate(
         except RUNTIME_ERRORS as error:
             raise ValidationError(f"{name} cannot run the exported graph: {error}") from error
         _require_same(name, runs, runs_in_place, BOUNDS["none", config.dtype])
-        comparisons.append(
-            _compare(
-                name,
-                runs,
-                samples,
-                oracle,
-                bound,
-                _least_same(config),
-                counts_vary=config.prune.mass is not None,
-            )
-        )
+        comparisons.append(_compare(name, runs, samples, oracle, bound, config))
     return comparisons
 
 
@@ -250,12 +242,29 @@ def _least_same(config: ExportConfig) -> float:
 
     By places a score only breaks the ties of a regular grid: from the first one on that rounded
     scores break otherwise, the greedy choice keeps other tokens, spread as well. Such a choice is
-    held to torch's by number alone, and by the logits of the tokens that it keeps; float exports
-    hold the selection itself.
+    held to torch's by number, by how well it covers the picture and by the logits of the tokens
+    that it keeps; float exports hold the selection itself.
     """
     is_exact = config.quant.method == "none" and config.dtype == "fp32"
     follows_ties = config.prune.spreads and config.prune.scores != "none"
     return 0.0 if follows_ties and not is_exact else MIN_KEPT_SAME
+
+
+def _require_cover(
+    where: str,
+    oracle: TorchOracle,
+    sample: Sample,
+    found: NDArray[np.int64],
+    wanted: NDArray[np.int64],
+) -> None:
+    """Check that kept tokens cover the picture about as well as those that torch keeps."""
+    uncovered, least = oracle.uncovered(sample, found), oracle.uncovered(sample, wanted)
+    if uncovered > MAX_FARTHER * least:
+        raise ValidationError(
+            f"{where}: the tokens that are kept leave {uncovered:.4f} of the picture uncovered "
+            f"(mean of 1 - cosine to the nearest kept place), torch's {least:.4f}; up to "
+            f"{MAX_FARTHER} times as much is accepted. No file was written."
+        )
 
 
 def _compare(
@@ -264,20 +273,20 @@ def _compare(
     samples: Sequence[Sample],
     oracle: TorchOracle,
     bound: float,
-    least_same: float,
-    *,
-    counts_vary: bool,
+    config: ExportConfig,
 ) -> Comparison:
     worst, near_ties, tokens = 0.0, 0, 0
     kept_same = kept_all = 0
     for index, (run, sample) in enumerate(zip(runs, samples, strict=True)):
         kept = oracle.kept(sample)
         # near the share of a rule one rounding is one token
-        if not counts_vary and len(kept) != len(run.kept):
+        if config.prune.mass is None and len(kept) != len(run.kept):
             raise ValidationError(
                 f"{name} keeps {len(run.kept)} tokens of sample {index}, torch keeps {len(kept)}. "
                 "No file was written."
             )
+        if config.prune.mass is None and config.prune.spreads:
+            _require_cover(f"{name}: sample {index}", oracle, sample, run.kept, kept)
         kept_same += len(np.intersect1d(kept, run.kept))
         kept_all += max(len(kept), len(run.kept))
         logits = oracle.run(sample, run.kept, run.tokens)
@@ -303,6 +312,7 @@ def _compare(
                 )
             near_ties += 1
     same = kept_same / kept_all
+    least_same = _least_same(config)
     if same < least_same:
         raise ValidationError(
             f"{name} and torch agree on only {same:.0%} of the tokens that pruning keeps; "

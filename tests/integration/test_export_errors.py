@@ -163,6 +163,33 @@ def test_a_graph_that_computes_something_else_is_not_written(
     assert listing(tmp_path) == []
 
 
+def test_a_graph_that_keeps_one_corner_of_the_picture_is_not_written(
+    checkpoint: Path, pictures: list[VqaItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = data_file.save
+
+    def save_without_places(model: ir.Model, path: Path, data_name: str) -> None:
+        (prune,) = (node for node in model.graph.all_nodes() if node.op_type == "TokenPrune")
+        metric = prune.inputs[4]
+        assert metric is not None
+        gather = metric.producer()
+        assert gather is not None
+        table = gather.inputs[0]
+        assert table is not None
+        assert table.const_value is not None
+        rows = table.const_value.numpy()
+        # far from the last row all others seem to be one place
+        rows = np.concatenate([np.repeat(rows[:1], len(rows) - 1, 0), rows[-1:]])
+        table.const_value = ir.tensor(rows, name=table.name)
+        save(model, path, data_name)
+
+    monkeypatch.setattr(data_file, "save", save_without_places)
+    config = ExportConfig(QuantConfig(method="none"), PruneConfig(keep_ratio=0.25))
+    with pytest.raises(ValidationError, match="of the picture uncovered"):
+        exporter.export_model(load_checkpoint(checkpoint), pictures, tmp_path / "m.onnx", config)
+    assert listing(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "failure", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()]
 )

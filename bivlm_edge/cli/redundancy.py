@@ -38,12 +38,11 @@ from bivlm_edge.redundancy.analysis import Result, analyse
 from bivlm_edge.redundancy.answering import Model
 from bivlm_edge.redundancy.curves import interval
 from bivlm_edge.redundancy.finished import FinishedRuns
-from bivlm_edge.redundancy.plan import RANDOM, Run, Setting
+from bivlm_edge.redundancy.plan import BASELINES, Run, Setting
 from bivlm_edge.redundancy.questions import Questions, gather, question_only, spread
 from bivlm_edge.report import to_json
 
 _NAME = "redundancy"
-_BASELINES = (RANDOM, "uniform")
 
 app = new_app()
 
@@ -78,7 +77,7 @@ def run(
         typer.Option(
             "--modes",
             help=f"Selectors to compare, separated by commas: {', '.join(PRUNE_MODES)}.",
-            show_default=f"the model's own, {', '.join(_BASELINES)}",
+            show_default=f"the model's own, {', '.join(BASELINES)}",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Runs of random per number of tokens.")] = 5,
@@ -94,6 +93,13 @@ def run(
             "may be repeated.",
         ),
     ] = None,
+    no_search: Annotated[
+        bool,
+        typer.Option(
+            "--no-search",
+            help="Test the numbers of --tokens alone, all and none: to compare selectors there.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
     max_new_tokens: Annotated[
         int | None,
@@ -120,6 +126,7 @@ def run(
       bivlm-redundancy model.onnx --data easy-vqa --limit 2000
       bivlm-redundancy two_bit.onnx --against float.onnx --data easy-vqa --modes mmr,maxmin,random
       bivlm-redundancy model.onnx --data mine.jsonl --tolerance 2 --tokens 7 --json
+      bivlm-redundancy model.onnx --data scenes --tokens 26 --no-search
     """
     if not no_plot:
         require_matplotlib()
@@ -129,11 +136,12 @@ def run(
     names = _names(paths)
     chosen = split_names(modes or [])
     setting = Setting(
-        tuple(dict.fromkeys(chosen)) or _BASELINES,
+        tuple(dict.fromkeys(chosen)) or BASELINES,
         seeds=seeds,
         tolerance=tolerance / 100,
         seed=seed,
         also=tuple(tokens or ()),
+        searches=not no_search,
     )
     _check_alike(paths)
     items = spread(questions_of(data, split), limit)
@@ -197,7 +205,7 @@ def _analyse(
 
 def _with_own(setting: Setting, mode: str) -> Setting:
     """The default: the model's own selector before the baselines."""
-    return replace(setting, modes=tuple(dict.fromkeys((mode, *_BASELINES))))
+    return replace(setting, modes=tuple(dict.fromkeys((mode, *BASELINES))))
 
 
 def _question_only(questions: Questions, data: str) -> dict[str, Any]:

@@ -8,7 +8,16 @@ from typing import Any
 from bivlm_edge.redundancy import statistics
 from bivlm_edge.redundancy.answering import Answers, Cost
 from bivlm_edge.redundancy.curves import ALL, Judge, Measured, interval
-from bivlm_edge.redundancy.plan import FULL, NO_IMAGE, RANDOM, SHUFFLED, TEXT, Run, Setting, grid
+from bivlm_edge.redundancy.plan import (
+    BASELINES,
+    FULL,
+    NO_IMAGE,
+    RANDOM,
+    SHUFFLED,
+    TEXT,
+    Run,
+    Setting,
+)
 from bivlm_edge.redundancy.questions import Questions
 
 IMAGE_NOT_USED = "IMAGE_NOT_USED"
@@ -46,7 +55,7 @@ def analyse(
     Raises:
         RequestError: The setting asks for numbers of tokens that the model does not have.
     """
-    tested = grid(image_tokens, setting.also)
+    tested = setting.grid(image_tokens)
     full_run = ask(Run(FULL, image_tokens))
 
     def measured(*runs: Answers) -> Measured:
@@ -89,20 +98,20 @@ def analyse(
             add(kept)
         # kinds of question make do with what the whole needs, but for what the file selects by
         for subset in judge.subsets if mode == own_mode else [ALL]:
-            while True:
+            while setting.searches:
                 middle = statistics.next_to_test(judge.bracket(points, subset), image_tokens)
                 if middle is None:
                     break
                 add(middle)
     for mode, points in found.items():
-        random = None if mode == RANDOM else found.get(RANDOM)
+        baselines = {name: found[name] for name in BASELINES if name in found and name != mode}
         result["modes"][mode] = judge.summary(points, tested)
-        result["curves"][mode] = judge.curve(points, random)
+        result["curves"][mode] = judge.curve(points, baselines)
     of_text = {image_tokens: full}
     of_text |= {
         kept: measured(ask(Run(TEXT, kept, setting.seed))) for kept in tested if kept < image_tokens
     }
-    result["question_tokens"] = judge.curve(of_text, None)
+    result["question_tokens"] = judge.curve(of_text, {})
     if costs is not None:
         result["costs"] = [
             {

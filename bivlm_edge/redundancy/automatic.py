@@ -152,7 +152,7 @@ def choose(
             passes(middle)
             bracket = judge.bracket(points)
     kept = max(1, judge.bracket(points).enough) if account["image_used"] else image_tokens
-    account["tested"] = judge.curve(points, None)
+    account["tested"] = judge.curve(points, {})
     account["kept"], account["keep_ratio"] = kept, kept / image_tokens
     account["verdict"], account["message"] = _verdict(account)
     return KeepChoice(kept, account)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bivlm_edge.redundancy import statistics
 from bivlm_edge.redundancy.answering import Answers
+from bivlm_edge.redundancy.plan import BASELINES
 from bivlm_edge.redundancy.questions import Questions
 from bivlm_edge.redundancy.statistics import Bracket, Difference, Values
 from bivlm_edge.runtime.evaluate import Score, normalized
@@ -142,22 +143,27 @@ class Judge:
         }
 
     def curve(
-        self, found: Mapping[int, Measured], random: Mapping[int, Measured] | None
+        self, found: Mapping[int, Measured], baselines: Mapping[str, Mapping[int, Measured]]
     ) -> list[dict[str, Any]]:
         """Return a point for each number of tokens, rising.
 
         Args:
             found: Of a selector.
-            random: Of random selection, to compare with; None: nothing is compared.
+            baselines: Of those of BASELINES to compare with.
         """
         gains = self._gains(found, ALL)
         return [
-            self._point(kept, found[kept], gains.get(kept), (random or {}).get(kept))
+            self._point(
+                kept,
+                found[kept],
+                gains.get(kept),
+                {name: points[kept] for name, points in baselines.items() if kept in points},
+            )
             for kept in sorted(found)
         ]
 
     def _point(
-        self, kept: int, measured: Measured, gain: float | None, random: Measured | None
+        self, kept: int, measured: Measured, gain: float | None, baselines: Mapping[str, Measured]
     ) -> dict[str, Any]:
         difference = self.difference(measured)
         passes = self._passes(kept, measured, ALL)
@@ -177,7 +183,12 @@ class Judge:
             "prompt_tokens": measured.kept_tokens,
             "seeds": measured.seeds,
             "digest": measured.digest,
-            "minus_random": None if random is None or is_end else self._minus(measured, random),
+            **{
+                f"minus_{name}": None
+                if is_end or name not in baselines
+                else self._minus(measured, baselines[name])
+                for name in BASELINES
+            },
             "kinds": {
                 kind: float(measured.correct[of].mean())
                 for kind, of in self.subsets.items()
@@ -185,8 +196,8 @@ class Judge:
             },
         }
 
-    def _minus(self, measured: Measured, random: Measured) -> dict[str, Any]:
-        mean, low, high = statistics.two_sided(measured.correct, random.correct, self._pictures)
+    def _minus(self, measured: Measured, baseline: Measured) -> dict[str, Any]:
+        mean, low, high = statistics.two_sided(measured.correct, baseline.correct, self._pictures)
         return {"mean": mean, "interval": [low, high]}
 
     def _passes(self, kept: int, measured: Measured, subset: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bivlm_edge.redundancy.analysis import IMAGE_NOT_USED
-from bivlm_edge.redundancy.plan import TEXT
+from bivlm_edge.redundancy.plan import BASELINES, TEXT
 from bivlm_edge.report import human_bytes
 
 Result = Mapping[str, Any]
@@ -84,9 +84,11 @@ def curve(result: Result, name: str, points: Sequence[Mapping[str, Any]]) -> She
     """One selector of one model, number by number."""
     tokens = result["image_tokens"]
     kinds = list(result["kinds"])
-    has_random = any(point["minus_random"] is not None for point in points)
+    compared = [
+        name for name in BASELINES if any(point[f"minus_{name}"] is not None for point in points)
+    ]
     columns = ["kept", "pruned", "accuracy (95 %)", "against all tokens (bound)", "", "changed"]
-    columns += ["gain", *(["minus random (95 %)"] if has_random else []), *map(kind_name, kinds)]
+    columns += ["gain", *(f"minus {name} (95 %)" for name in compared), *map(kind_name, kinds)]
     rows = []
     for point in reversed(points):
         low, high = point["interval"]
@@ -99,8 +101,7 @@ def curve(result: Result, name: str, points: Sequence[Mapping[str, Any]]) -> She
             f"{point['flips']:.1%}",
             "-" if point["gain"] is None else f"{point['gain']:.3f}",
         ]
-        if has_random:
-            row.append(_minus(point["minus_random"]))
+        row += [_minus(point[f"minus_{name}"]) for name in compared]
         rows.append(row + [f"{point['kinds'][kind]:.1%}" for kind in kinds])
     return Sheet(f"{result['model']}: {name}", columns, rows)
 
@@ -177,7 +178,8 @@ def csv_text(results: Sequence[Result]) -> str:
     writer.writerow(
         [
             *("model", "selector", "kept", "image_tokens", "accuracy", "low", "high"),
-            *("difference", "difference_low", "passes", "changed", "gain", "minus_random"),
+            *("difference", "difference_low", "passes", "changed", "gain"),
+            *(f"minus_{name}" for name in BASELINES),
             *("prompt_tokens", "seeds", "prefill_ms", "kv_bytes"),
             *(f"accuracy_{kind}" for kind in kinds),
         ]
@@ -189,13 +191,14 @@ def csv_text(results: Sequence[Result]) -> str:
             for point in points:
                 # the costs are those of the file's own selector
                 cost = of_cost.get(point["kept"]) if name == result["own_mode"] else None
-                minus = point["minus_random"]
+                minus = [point[f"minus_{name}"] for name in BASELINES]
                 writer.writerow(
                     [
                         *(result["model"], name, point["kept"], result["image_tokens"]),
                         *(point["accuracy"], *point["interval"]),
                         *(point["difference"], point["difference_low"], int(point["passes"])),
-                        *(point["flips"], point["gain"], None if minus is None else minus["mean"]),
+                        *(point["flips"], point["gain"]),
+                        *(of and of["mean"] for of in minus),
                         *(point["prompt_tokens"], point["seeds"]),
                         *((cost["prefill_ms"], cost["kv_bytes"]) if cost else (None, None)),
                         *(point["kinds"][kind] for kind in kinds),

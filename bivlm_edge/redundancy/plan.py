@@ -10,6 +10,7 @@ from bivlm_edge.errors import RequestError
 
 FULL, NO_IMAGE, SHUFFLED, TEXT = "full", "no image", "shuffled", "question tokens"
 RANDOM = "random"
+BASELINES = (RANDOM, "uniform")  # what a selector has to beat
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Setting:
         seed: Of shuffled pictures, dropped question tokens and resampling; `random` has the seeds
             from this one on.
         also: Numbers of tokens to test beside the halves of all of them.
+        searches: Whether halves are tested and the smallest number that is enough is sought;
+            otherwise the numbers of `also` alone, all tokens and none.
     """
 
     modes: tuple[str, ...]
@@ -53,6 +56,7 @@ class Setting:
     tolerance: float = 0.01
     seed: int = 0
     also: tuple[int, ...] = ()
+    searches: bool = True
 
     def __post_init__(self) -> None:
         for mode in self.modes:
@@ -68,12 +72,25 @@ class Setting:
             raise RequestError(
                 f"--tolerance {100 * self.tolerance:g} is not between 0 and 100 points of accuracy."
             )
+        if not (self.searches or self.also):
+            raise RequestError("--no-search tests the numbers of --tokens alone. Give one or more.")
 
     def runs(self, mode: str, kept: int) -> list[Run]:
         """Return the runs of a mode at a number of tokens."""
         if mode == RANDOM:
             return [Run(mode, kept, self.seed + number) for number in range(self.seeds)]
         return [Run(mode, kept)]
+
+    def grid(self, image_tokens: int) -> list[int]:
+        """Return the numbers of tokens that every selector is tested at: falling, all to 0.
+
+        Raises:
+            RequestError: One of `also` is not below `image_tokens`.
+        """
+        whole = grid(image_tokens, self.also)
+        if self.searches:
+            return whole
+        return [kept for kept in whole if kept in (image_tokens, 0, *self.also)]
 
 
 def grid(image_tokens: int, also: Sequence[int] = ()) -> list[int]:

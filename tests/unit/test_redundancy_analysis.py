@@ -110,6 +110,7 @@ def test_controls_gain_and_curve() -> None:
     assert at_8["kinds"] == {"color": 1.0, "shape": 0.25}
     assert at_8["minus_random"]["mean"] == 0
     assert points[16]["minus_random"]["interval"][0] > 0.3
+    assert points[16]["minus_uniform"] is None
     assert at_8["prompt_tokens"] == 17
     assert not at_8["passes"]
     assert points[16]["passes"]
@@ -119,6 +120,17 @@ def test_controls_gain_and_curve() -> None:
     assert result["modes"]["mmr"]["area"] == pytest.approx(area)
     assert [point["kept"] for point in result["question_tokens"]] == [0, 1, 2, 4, 8, 16, 32, 64]
     assert result["question_tokens"][-2]["accuracy"] == 0.25
+
+
+def test_without_a_search_the_numbers_asked_for_alone_are_tested() -> None:
+    result, known = _analyse(_needs(mmr=1, uniform=2), also=(12,), searches=False)
+    assert {run.kept for run in known.asked} == {TOKENS, 12, 0}
+    assert (result["k_star"], result["modes"]["uniform"]["k_star"]) == (12, TOKENS)
+    (_, at_12, _) = result["curves"]["mmr"]
+    assert at_12["minus_uniform"]["mean"] == 0.375
+    assert at_12["minus_uniform"]["interval"][0] > 0.3
+    with pytest.raises(RequestError, match="--no-search tests the numbers of --tokens alone"):
+        Setting(("mmr",), searches=False)
 
 
 def test_a_selector_that_is_no_better_than_chance_is_told_so() -> None:
@@ -273,10 +285,13 @@ def test_csv_holds_every_point_of_every_model() -> None:
         for curve in (*report["curves"].values(), report["question_tokens"])
     ]
     assert len(rows) == sum(map(len, curves))
-    row = next(r for r in rows if (r["model"], r["selector"], r["kept"]) == ("float", "mmr", "16"))
+    of_float = {r["kept"]: r for r in rows if (r["model"], r["selector"]) == ("float", "mmr")}
+    row = of_float["16"]
     assert (float(row["accuracy"]), row["passes"]) == (0.625, "0")
     assert (row["prefill_ms"], row["kv_bytes"]) == ("17.0", "16384")
     assert float(row["accuracy_color"]) == 1
+    assert float(of_float["8"]["minus_random"]) == 0.375
+    assert row["minus_uniform"] == ""
 
 
 def test_the_picture_can_be_drawn_with_and_without_curves() -> None:

@@ -20,7 +20,7 @@ from bivlm_edge.quant.packed import FORMAT
 Method = Literal["bivlm-edge", "nbits4"]
 Progress = Callable[[str, int, int], None]
 
-NAMES = ("smolvlm-256m", "smolvlm-500m", "llava-ov-0.5b", "qwen2.5-vl-3b")
+NAMES = ("smolvlm-256m", "smolvlm-500m", "llava-ov-0.5b", "qwen2.5-vl-3b", "llava-1.5-7b")
 METHODS: tuple[Method, ...] = get_args(Method)
 _WRITERS = ("export", "models", "quant", "synthetic")
 

@@ -1,6 +1,7 @@
 """Published architectures by the numbers of their config.json, with tokenizers of made-up words.
 
-The numbers of parameters that follow from them are the published ones (256, 507, 894 and 3,755 M).
+The numbers of parameters that follow from them are the published ones (256, 507, 894, 3,755 and
+7,063 M).
 Special tokens have their real ids. Everything else in a vocabulary is the 256 bytes and words that
 no text holds, so that a text is one token per byte.
 """
@@ -135,6 +136,67 @@ def _smolvlm(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> A
         eos="<end_of_utterance>",
         pad="<|im_end|>",
         chat_template=_SMOLVLM_TEMPLATE,
+    )
+
+
+def _llava() -> Architecture:
+    """LLaVA 1.5 7B: Vicuna 7B with CLIP large/14 at 336 pixels, 576 tokens per picture."""
+
+    def module() -> Any:
+        config = transformers.LlavaConfig(
+            vision_config={
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "projection_dim": 768,
+                "image_size": 336,
+                "patch_size": 14,
+            },
+            text_config={
+                "model_type": "llama",
+                "hidden_size": 4096,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+                "vocab_size": 32064,
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-5,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": 32001,
+            },
+            image_token_index=32000,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            tie_word_embeddings=False,
+        )
+        return transformers.LlavaForConditionalGeneration(config)
+
+    def image_processor() -> Any:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        return CLIPImageProcessorPil(
+            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+        )
+
+    return Architecture(
+        module=module,
+        image_processor=image_processor,
+        vocabulary=32064,
+        special_tokens={"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001},
+        bos="<s>",
+        eos="</s>",
+        pad="<pad>",
+        chat_template=(
+            "<s>{% for message in messages %}{{ message['role'] | upper }}: "
+            "{% for part in message['content'] %}"
+            "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+            "{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+        ),
     )
 
 
@@ -291,4 +353,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smolvlm-500m": _smolvlm(960, 2560, 32, 15, 5),
     "llava-ov-0.5b": _llava_onevision(),
     "qwen2.5-vl-3b": _qwen2_5_vl(),
+    "llava-1.5-7b": _llava(),
 }

@@ -21,6 +21,7 @@ PUBLISHED_PARAMETERS = {
     "smolvlm-500m": 507,
     "llava-ov-0.5b": 894,
     "qwen2.5-vl-3b": 3755,
+    "llava-1.5-7b": 7063,
 }
 
 

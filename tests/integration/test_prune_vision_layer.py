@@ -13,10 +13,14 @@ from transformers import DynamicCache
 
 from bivlm_edge.bundle import BundlePaths
 from bivlm_edge.config import ExportConfig, PruneConfig, QuantConfig
-from bivlm_edge.datasets import VqaItem
+from bivlm_edge.datasets import VqaItem, load_easy_vqa
 from bivlm_edge.errors import RequestError, UnsupportedModelError
 from bivlm_edge.export.exporter import export_model
 from bivlm_edge.models import load_checkpoint, tower_pruning
+from bivlm_edge.redundancy.analysis import analyse
+from bivlm_edge.redundancy.answering import Model
+from bivlm_edge.redundancy.plan import Setting
+from bivlm_edge.redundancy.questions import gather, spread
 from bivlm_edge.reference import checkpoint_path
 from bivlm_edge.runtime import Answerer, load
 from bivlm_edge.runtime.generate import run_step
@@ -168,3 +172,14 @@ def test_layers_that_the_tower_lacks_are_refused(
 def test_options_that_cannot_hold_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         PruneConfig(**{"keep_ratio": 0.5, **options})  # type: ignore[arg-type]
+
+
+def test_colour_needs_far_fewer_patches_than_shape(pruned: BundlePaths) -> None:
+    """Where patches are dropped before the tower has told all of them what the whole is."""
+    items = [item for item in load_easy_vqa("test") if item.kind in ("color", "shape")]
+    questions = gather(spread(items, 300))
+    model = Model(pruned.graph, questions, threads=1)
+    setting = Setting(("uniform",), tolerance=0.03)
+    found = analyse(questions, setting, IMAGE_TOKENS, model.mode, model.answers)
+    needs = {kind: of["k_star"] for kind, of in found["modes"]["uniform"]["kinds"].items()}
+    assert needs["shape"] >= 4 * needs["color"]

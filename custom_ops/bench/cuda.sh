@@ -14,7 +14,7 @@ architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 cmake -S . -B ../build/cuda -DCMAKE_BUILD_TYPE=Release -DBIVLM_CUDA=ON \
   -DBIVLM_CUDA_ARCHITECTURES="$architecture" -DBIVLM_BUILD_TESTS=ON -DBIVLM_BUILD_BENCH=ON |
   sed -n 's/^-- \(CUDA library\)/\1/p'
-tests=(cuda_binary_matmul_gpu_test)
+tests=(cuda_binary_matmul_gpu_test cuda_gated_silu_gpu_test cuda_token_prune_gpu_test)
 cmake --build ../build/cuda --parallel --target "${tests[@]}" cuda_bench >/dev/null
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null ||

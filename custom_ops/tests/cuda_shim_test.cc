@@ -1,5 +1,5 @@
 // The CUDA shim itself: barriers, operations of a warp, the tensor-core product, limits of a
-// launch, and that what CUDA leaves undefined ends the program.
+// launch, graphs, and that what CUDA leaves undefined ends the program.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <sys/wait.h>
@@ -12,6 +12,7 @@
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda/primitives.h"
+#include "cuda_device.h"
 
 namespace bivlm::testing {
 namespace {
@@ -153,6 +154,35 @@ void Limits(Checker* check) {
                 "64 KiB on request");
 }
 
+__global__ void AddKernel(int* sum, int value) { *sum += value; }
+
+// A graph keeps the arguments of its kernels, runs each time it is launched, and takes in only what
+// its own stream is given.
+void Graphs(Checker* check) {
+  int sum = 0;
+  const auto add = [&](int value, cudaStream_t stream) {
+    return Launch(AddKernel, dim3(1), dim3(1), 0, stream, &sum, value);
+  };
+  AsGraph().run([&](cudaStream_t stream) {
+    check->Expect(add(3, stream) == cudaSuccess && add(4, stream) == cudaSuccess, "capture");
+    check->Expect(sum == 0, "a capture runs a kernel");
+    check->Expect(add(100, nullptr) == cudaErrorStreamCaptureImplicit, "another stream");
+    check->Expect(cudaStreamSynchronize(stream) == cudaErrorStreamCaptureUnsupported, "waiting");
+  });
+  check->Expect(sum == 14, "two runs of a graph: ", sum);
+  OnOwnStream().run([&](cudaStream_t stream) { add(1, stream); });
+  check->Expect(sum == 15, "a stream after a capture: ", sum);
+}
+
+// Which errors let the tests for a GPU be skipped; see cuda_device.h.
+void SkippedTests(Checker* check) {
+  for (const bool has_driver : {false, true}) {
+    check->Expect(MeansNoGpu(cudaErrorNoDevice, has_driver), "no device");
+    check->Expect(MeansNoGpu(cudaErrorInsufficientDriver, has_driver) == !has_driver, "driver");
+    check->Expect(!MeansNoGpu(cudaErrorMemoryAllocation, has_driver), "memory, as under ASan");
+  }
+}
+
 __global__ void DivergentBarrier() {
   if (threadIdx.x != 7) __syncthreads();
 }
@@ -190,6 +220,8 @@ int main() {
   TensorCoreProduct(&check);
   Intrinsics(&check);
   Limits(&check);
+  Graphs(&check);
+  SkippedTests(&check);
   ExpectAbort(&check, "a barrier that one thread does not reach", DivergentBarrier);
   ExpectAbort(&check, "a warp in two operations", DivergentWarp);
   ExpectAbort(&check, "a lane outside its mask", MissingLane);

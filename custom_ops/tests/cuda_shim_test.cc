@@ -12,6 +12,7 @@
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda/primitives.h"
+#include "cuda/tensor_core.h"
 #include "cuda_device.h"
 
 namespace bivlm::testing {
@@ -88,6 +89,7 @@ void Warps(Checker* check) {
 }
 
 // c += a * b with a (16, 32) and b (32, 8) row-major, fragments by their table.
+template <auto multiply>
 __global__ void ProductKernel(const int8_t* a, const int8_t* b, int32_t* c) {
   const unsigned g = threadIdx.x / 4;
   const unsigned i = threadIdx.x % 4;
@@ -102,27 +104,36 @@ __global__ void ProductKernel(const int8_t* a, const int8_t* b, int32_t* c) {
     }
     c_part[r] = c[(g + 8 * (r / 2)) * 8 + 2 * i + r % 2];
   }
-  cuda::MultiplyAccumulateS8(a_part, b_part, c_part, c_part);
+  multiply(a_part, b_part, c_part, c_part);
   for (unsigned r = 0; r < 4; ++r) c[(g + 8 * (r / 2)) * 8 + 2 * i + r % 2] = c_part[r];
 }
 
+// By the instruction of sm_80, by those of sm_75, and by what kernels call.
 void TensorCoreProduct(Checker* check) {
   std::mt19937 random(1);
   std::vector<int8_t> a(16 * 32);
   std::vector<int8_t> b(32 * 8);
-  std::vector<int32_t> c(16 * 8);
+  std::vector<int32_t> before(16 * 8);
   for (int8_t& value : a) value = static_cast<int8_t>(random());
   for (int8_t& value : b) value = static_cast<int8_t>(random());
-  for (int32_t& value : c) value = static_cast<int32_t>(random() % 1000);
-  const std::vector<int32_t> before = c;
-  check->Expect(Launch(ProductKernel, dim3(1), dim3(32), 0, nullptr, a.data(), b.data(),
-                       c.data()) == cudaSuccess,
-                "launch");
-  for (std::size_t row = 0; row < 16; ++row) {
-    for (std::size_t column = 0; column < 8; ++column) {
-      int32_t want = before[row * 8 + column];
-      for (std::size_t k = 0; k < 32; ++k) want += a[row * 32 + k] * b[k * 8 + column];
-      check->Expect(c[row * 8 + column] == want, "product at ", row, ", ", column);
+  for (int32_t& value : before) value = static_cast<int32_t>(random() % 1000);
+  const struct {
+    const char* name;
+    void (*kernel)(const int8_t*, const int8_t*, int32_t*);
+  } products[] = {{"m16n8k32", ProductKernel<cuda::MmaM16N8K32>},
+                  {"m8n8k16", ProductKernel<cuda::MultiplyAccumulateS8ByQuarters>},
+                  {"chosen", ProductKernel<cuda::MultiplyAccumulateS8>}};
+  for (const auto& product : products) {
+    std::vector<int32_t> c = before;
+    check->Expect(Launch(product.kernel, dim3(1), dim3(32), 0, nullptr, a.data(), b.data(),
+                         c.data()) == cudaSuccess,
+                  "launch");
+    for (std::size_t row = 0; row < 16; ++row) {
+      for (std::size_t column = 0; column < 8; ++column) {
+        int32_t want = before[row * 8 + column];
+        for (std::size_t k = 0; k < 32; ++k) want += a[row * 32 + k] * b[k * 8 + column];
+        check->Expect(c[row * 8 + column] == want, product.name, " at ", row, ", ", column);
+      }
     }
   }
 }

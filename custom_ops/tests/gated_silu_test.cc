@@ -156,6 +156,25 @@ void Gates(Checker* check) {
   }
 }
 
+#ifdef BIVLM_TEST_CUDA
+// Refused before anything is read.
+void TooManyRows(Checker* check) {
+  GatedSiluArgs args;
+  args.type = ElementType::kFloat16;
+  const auto expect = [&](std::size_t rows, std::size_t width, const std::string& part) {
+    args.rows = rows;
+    args.width = width;
+    const std::string problem = cuda::LaunchGatedSilu(args, nullptr);
+    check->Expect(problem.find(part) != std::string::npos, "expected '", part, "', got '", problem,
+                  "'");
+  };
+  expect(std::size_t{1} << 31, 256,
+         "X has 2147483648 rows of 512, at most 2147483647 of this size fit one launch; divide");
+  expect((std::size_t{1} << 32) + 1, 257, "X has 4294967297 rows of 514, at most 1073741823 of");
+  expect(1, std::size_t{1} << 40, "at most 0 of this size");
+}
+#endif
+
 }  // namespace
 }  // namespace bivlm::testing
 
@@ -166,5 +185,8 @@ int main() {
   bivlm::testing::Checker check;
   bivlm::testing::Shapes(&check);
   bivlm::testing::Gates(&check);
+#ifdef BIVLM_TEST_CUDA
+  bivlm::testing::TooManyRows(&check);
+#endif
   return check.Finish("gated_silu_test");
 }

@@ -14,6 +14,7 @@ set(BIVLM_CUDA_SOURCES
   src/cuda/binary_matmul_decode.cu
   src/cuda/binary_matmul_prefill.cu
   src/cuda/binary_matmul_prepare.cu
+  src/cuda/device.cu
   src/cuda/gated_silu.cu
   src/cuda/token_prune.cu
   src/cuda/token_prune_output.cu

@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "bivlm/cuda/device.h"
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda/primitives.h"
@@ -194,6 +195,32 @@ void SkippedTests(Checker* check) {
   }
 }
 
+// What the library says of a GPU or a driver that it was not built for.
+void DeviceProblems(Checker* check) {
+  const struct {
+    cudaError_t error;
+    const char* text;
+  } cases[] = {
+      {cudaErrorNoKernelImageForDevice,
+       "no code for this GPU, whose compute capability is 8.7; build it with "
+       "-DBIVLM_CUDA_ARCHITECTURES=87"},
+      {cudaErrorInvalidDeviceFunction, "no code for this GPU"},
+      {cudaErrorInsufficientDriver,
+       "driver is too old: it knows CUDA 12.6, libbivlm_custom_ops_cuda was built "
+       "with CUDA 13.0"},
+      {cudaErrorUnsupportedPtxVersion, "driver is too old"},
+      {cudaErrorMemoryAllocation, "the GPU cannot be used: out of memory"},
+  };
+  for (const auto& c : cases) {
+    setenv("BIVLM_SHIM_GPU_ERROR", std::to_string(c.error).c_str(), 1);
+    const std::string problem = cuda::DeviceProblem();
+    check->Expect(problem.find(c.text) != std::string::npos, "error ", c.error, ": '", problem,
+                  "'");
+  }
+  unsetenv("BIVLM_SHIM_GPU_ERROR");
+  check->Expect(cuda::DeviceProblem().empty(), "a GPU without problems");
+}
+
 __global__ void DivergentBarrier() {
   if (threadIdx.x != 7) __syncthreads();
 }
@@ -233,6 +260,7 @@ int main() {
   Limits(&check);
   Graphs(&check);
   SkippedTests(&check);
+  DeviceProblems(&check);
   ExpectAbort(&check, "a barrier that one thread does not reach", DivergentBarrier);
   ExpectAbort(&check, "a warp in two operations", DivergentWarp);
   ExpectAbort(&check, "a lane outside its mask", MissingLane);

@@ -39,6 +39,12 @@ cudaError_t AllowSharedBytes(const void* kernel, int bytes) {
   return cudaSuccess;
 }
 
+cudaError_t GpuError() {
+  const char* number = std::getenv("BIVLM_SHIM_GPU_ERROR");
+  return number == nullptr ? cudaSuccess
+                           : static_cast<cudaError_t>(std::strtol(number, nullptr, 10));
+}
+
 cudaError_t CheckLaunch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes) {
   const auto allowed = AllowedBytes().find(kernel);
   const std::size_t limit = allowed == AllowedBytes().end() ? kDefaultSharedBytes : allowed->second;
@@ -122,14 +128,11 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
-    case cudaErrorInsufficientDriver:
-      return "CUDA driver version is insufficient for CUDA runtime version";
-    case cudaErrorNoDevice:
-      return "no CUDA-capable device is detected";
     case cudaErrorStreamCaptureUnsupported:
       return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureImplicit:
       return "operation would make the legacy stream depend on a capturing blocking stream";
+    default:
+      return "unknown error";
   }
-  return "unknown error";
 }

@@ -46,10 +46,12 @@ def cuda_ops_library() -> str:
     library = _library(CUDA_LIBRARY_VARIABLE, _CUDA_STEM)
     if library is None:
         raise OpsLibraryError(
-            f"this installation of bivlm-edge holds no CUDA operator library (lib{_CUDA_STEM}): no "
-            "nvcc was found when it was installed. Install the CUDA toolkit and run 'pip install "
-            f".' in the source tree again, or name a build of it with {CUDA_LIBRARY_VARIABLE}, or "
-            "use --provider cpu."
+            f"this installation of bivlm-edge holds no CUDA operator library (lib{_CUDA_STEM}): it "
+            "was installed without nvcc or with BIVLM_CUDA=OFF. Install the CUDA toolkit, put its "
+            "nvcc on PATH or name it by CUDACXX, and run 'pip install .' in the source tree again, "
+            "with BIVLM_CUDA=ON so that it fails where nvcc does not work "
+            "(--config-settings=cmake.define.BIVLM_CUDA=ON); or name a build of the library with "
+            f"{CUDA_LIBRARY_VARIABLE}, or use --provider cpu."
         )
     return library
 

@@ -14,13 +14,18 @@ architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 cmake -S . -B ../build/cuda -DCMAKE_BUILD_TYPE=Release -DBIVLM_CUDA=ON \
   -DBIVLM_CUDA_ARCHITECTURES="$architecture" -DBIVLM_BUILD_TESTS=ON -DBIVLM_BUILD_BENCH=ON |
   sed -n 's/^-- \(CUDA library\)/\1/p'
-cmake --build ../build/cuda --parallel --target cuda_binary_matmul_gpu_test cuda_bench >/dev/null
+tests=(cuda_binary_matmul_gpu_test cuda_gated_silu_gpu_test cuda_token_prune_gpu_test)
+cmake --build ../build/cuda --parallel --target "${tests[@]}" cuda_bench >/dev/null
 
-status=0
-../build/cuda/tests/cuda_binary_matmul_gpu_test || status=$?
-if ((status == 77)); then
-  echo "cuda.sh: nothing was measured" >&2
-  exit 2
-fi
-((status == 0)) || exit "$status"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null ||
+  echo "cuda.sh: nvidia-smi does not say which driver this is" >&2
+for test in "${tests[@]}"; do
+  status=0
+  "../build/cuda/tests/$test" || status=$?
+  if ((status == 77)); then
+    echo "cuda.sh: nothing was measured" >&2
+    exit 2
+  fi
+  ((status == 0)) || exit "$status"
+done
 ../build/cuda/bench/cuda_bench "$@"

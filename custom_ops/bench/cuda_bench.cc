@@ -21,17 +21,19 @@ constexpr char kHelp[] =
     R"(usage: cuda_bench [--shape NxK]...
 
 Medians of BinaryMatMul with float16 activations (Hadamard blocks of 64 included), as a table for
-docs/PERFORMANCE.md. Each line is one CUDA graph of products with different weights, 256 MB and
-twice the L2 cache in all, so that weights come from memory. Before it is timed, a product is
-compared with the exact one of the CPU.
+docs/PERFORMANCE.md. Each line is one CUDA graph of up to 2048 products with different weights, 256
+MB and twice the L2 cache in all, so that weights come from memory. The last product is compared
+with the exact one of the CPU.
 
   --shape NxK   output x input features; default: 576x1536 896x4864 4096x4096 3584x18944
 
 GB/s: bytes of the weight by time; of copy: their share of what a copy from memory to memory reads
-and writes; cuBLAS: what its product with float16 weights takes, as a multiple.
+and writes; cuBLAS: what its product with float16 weights takes, as a multiple; - where there is no
+libcublas or it reports an error.
 )";
 
 constexpr std::size_t kColdBytes = std::size_t{256} << 20;
+constexpr std::size_t kMostProducts = 2048;  // of a graph
 constexpr int kRounds = 15;
 
 struct Shape {
@@ -64,23 +66,47 @@ class DeviceMemory {
   void* memory_ = nullptr;
 };
 
+// What `enqueue` puts on a stream, as a graph. It runs once before that: kernels are loaded, and
+// cuBLAS takes its memory, at their first launch, which a capture may refuse.
+class Graph {
+ public:
+  Graph(cudaStream_t stream, const std::function<void()>& enqueue) {
+    enqueue();
+    Require(cudaStreamSynchronize(stream), "kernels");
+    Require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+    cudaGraph_t graph = nullptr;
+    try {
+      enqueue();
+    } catch (...) {  // the stream must be of use to others
+      if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) cudaGraphDestroy(graph);
+      throw;
+    }
+    Require(cudaStreamEndCapture(stream, &graph), "capture");
+    const cudaError_t error = cudaGraphInstantiate(&executable_, graph, 0);
+    cudaGraphDestroy(graph);
+    Require(error, "graph");
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  ~Graph() { cudaGraphExecDestroy(executable_); }
+  cudaGraphExec_t executable() const { return executable_; }
+
+ private:
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 // The median time in us of one run of what `enqueue` puts on a stream: as a graph, so that the
 // launches of the host do not count.
 double Microseconds(cudaStream_t stream, const std::function<void()>& enqueue) {
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
+  const Graph graph(stream, enqueue);
   cudaEvent_t begin;
   cudaEvent_t end;
-  Require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  enqueue();
-  Require(cudaStreamEndCapture(stream, &graph), "capture");
-  Require(cudaGraphInstantiate(&executable, graph, 0), "graph");
   Require(cudaEventCreate(&begin), "event");
   Require(cudaEventCreate(&end), "event");
   std::vector<float> milliseconds(kRounds);
   for (int round = -2; round < kRounds; ++round) {  // two to warm up
     Require(cudaEventRecord(begin, stream), "event");
-    Require(cudaGraphLaunch(executable, stream), "graph");
+    Require(cudaGraphLaunch(graph.executable(), stream), "graph");
     Require(cudaEventRecord(end, stream), "event");
     Require(cudaEventSynchronize(end), "kernels");
     if (round < 0) continue;
@@ -89,8 +115,6 @@ double Microseconds(cudaStream_t stream, const std::function<void()>& enqueue) {
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
   std::sort(milliseconds.begin(), milliseconds.end());
   return 1e3 * double{milliseconds[kRounds / 2]};
 }
@@ -138,6 +162,11 @@ struct HostWeight {
   std::size_t bytes() const { return codes.size() + 2 * coefficients.size(); }
 };
 
+// How many weights of `bytes` bytes lie in `cold_bytes`.
+std::size_t ProductsOf(std::size_t bytes, std::size_t cold_bytes) {
+  return std::clamp<std::size_t>((cold_bytes + bytes - 1) / bytes, 1, kMostProducts);
+}
+
 // Copies of a weight on the device, one behind the other.
 struct DeviceWeights {
   std::size_t count;
@@ -146,7 +175,7 @@ struct DeviceWeights {
   BinaryMatMulWeight weight;
 
   DeviceWeights(const HostWeight& host, std::size_t bytes)
-      : count(std::clamp<std::size_t>(bytes / host.bytes(), 1, 512)),
+      : count(ProductsOf(host.bytes(), bytes)),
         stride((host.bytes() + 255) / 256 * 256),
         memory(count * stride),
         weight(host.weight) {
@@ -187,6 +216,32 @@ double RelativeError(const HostWeight& host, std::size_t m, const std::vector<ui
   return std::sqrt(error / size);
 }
 
+// The time in us of cuBLAS's product x (m, k) * w^T with different weights, which are all 0; below
+// 0 where there is no cuBLAS or it reports an error.
+double CublasMicroseconds(Cublas* cublas, const Shape& shape, std::size_t m, const uint8_t* x,
+                          uint8_t* y, std::size_t cold_bytes, cudaStream_t stream) {
+  if (!cublas->IsThere()) return -1.0;
+  const std::size_t bytes = 2 * shape.n * shape.k;
+  const std::size_t count = ProductsOf(bytes, cold_bytes);
+  const DeviceMemory weights(count * bytes);
+  const auto enqueue = [&] {
+    for (std::size_t i = 0; i < count; ++i) {
+      if (!cublas->Product(x, weights.data() + i * bytes, y, static_cast<int>(m),
+                           static_cast<int>(shape.n), static_cast<int>(shape.k), stream)) {
+        throw std::runtime_error("cuBLAS reports an error");
+      }
+    }
+  };
+  try {
+    return Microseconds(stream, enqueue) / static_cast<double>(count);
+  } catch (const std::runtime_error& error) {
+    std::fprintf(stderr, "cuda_bench: %s for M = %zu, %zu x %zu\n", error.what(), m, shape.n,
+                 shape.k);
+    cudaGetLastError();  // it is told
+    return -1.0;
+  }
+}
+
 // Returns whether the product is right.
 bool BenchProduct(const HostWeight& host, const Shape& shape, double bits, std::size_t m,
                   double copy_bandwidth, std::size_t cold_bytes, Cublas* cublas,
@@ -222,25 +277,11 @@ bool BenchProduct(const HostWeight& host, const Shape& shape, double bits, std::
   const bool is_right = error < 0.02;
 
   std::string ratio = "-";
-  if (cublas->IsThere()) {
-    const std::size_t bytes = 2 * shape.n * shape.k;
-    const std::size_t count = std::clamp<std::size_t>(cold_bytes / bytes, 1, 64);
-    const DeviceMemory full(count * bytes);
-    const double full_us =
-        Microseconds(
-            stream,
-            [&] {
-              for (std::size_t i = 0; i < count; ++i) {
-                if (!cublas->Product(x_device.data(), full.data() + i * bytes, y_device.data(),
-                                     static_cast<int>(m), static_cast<int>(shape.n),
-                                     static_cast<int>(shape.k), stream)) {
-                  throw std::runtime_error("cuBLAS reports an error");
-                }
-              }
-            }) /
-        static_cast<double>(count);
+  if (const double cublas_us = CublasMicroseconds(cublas, shape, m, x_device.data(),
+                                                  y_device.data(), cold_bytes, stream);
+      cublas_us > 0.0) {
     char text[32];
-    std::snprintf(text, sizeof(text), "%.2fx", full_us / us);
+    std::snprintf(text, sizeof(text), "%.2fx", cublas_us / us);
     ratio = text;
   }
   const double rate = static_cast<double>(host.bytes()) / us;

@@ -1,5 +1,5 @@
-// BinaryMatMul of the CUDA library, run on the CPU by the shim: both paths against the int8 rule
-// and the exact product, on awkward shapes.
+// BinaryMatMul of the CUDA library, run by the shim on the CPU or, as cuda_binary_matmul_gpu_test,
+// on a GPU: both paths against the int8 rule and the exact product, on awkward shapes.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,6 +12,7 @@
 #include "bivlm/cuda/binary_matmul.h"
 #include "check.h"
 #include "cuda/binary_matmul_kernels.h"
+#include "cuda_device.h"
 #include "cuda_memory.h"
 #include "reference.h"
 
@@ -21,20 +22,6 @@ namespace {
 using cuda::Path;
 
 const char* Name(Path path) { return path == Path::kDecode ? "decode" : "prefill"; }
-
-// Runs blocks and threads backwards, where the shim runs them.
-void SetReverse(bool reverse) {
-#ifdef BIVLM_CUDA_SHIM
-  cuda_shim::SetReverse(reverse);
-#else
-  (void)reverse;
-#endif
-}
-
-template <typename T>
-DeviceBytes ToDevice(const std::vector<T>& values) {
-  return DeviceBytes(values.data(), values.size() * sizeof(T));
-}
 
 std::vector<uint16_t> ToHalves(const std::vector<float>& values) {
   std::vector<uint16_t> halves;
@@ -90,13 +77,15 @@ struct Product {
 
   double X(std::size_t at) const { return c.float16 ? HalfValue(x_halves[at]) : double{x[at]}; }
 
-  std::vector<double> Run(Path path, Checker* check) {
+  std::vector<double> Run(Path path, Checker* check, const Enqueuer& how = OnDefaultStream()) {
     const std::size_t scratch_bytes = cuda::BinaryMatMulScratchBytes(weight, c.m);
     const GuardedDeviceBytes y(c.m * c.n * ElementBytes(args.type));
     const GuardedDeviceBytes scratch(scratch_bytes);
     args.y = y.data();
-    const std::string problem = cuda::LaunchBy(path, args, scratch.data(), scratch_bytes, nullptr);
-    check->Expect(problem.empty(), Name(path), Text(c), ": ", problem);
+    how.run([&](cudaStream_t stream) {
+      const std::string problem = cuda::LaunchBy(path, args, scratch.data(), scratch_bytes, stream);
+      check->Expect(problem.empty(), Name(path), how.name, Text(c), ": ", problem);
+    });
     bool intact = false;
     const std::vector<uint8_t> bytes = y.Read(&intact);
     check->Expect(intact, Name(path), " wrote outside y", Text(c));
@@ -224,7 +213,8 @@ void ManyTokens(Checker* check) {
   }
 }
 
-// The same tokens give the same bits, whatever ran before, in whatever order blocks run.
+// The same tokens give the same bits, whatever ran before, in whatever order blocks run, on every
+// stream and out of a graph.
 void Repeats(Checker* check) {
   Case c;
   c.m = 5;
@@ -238,9 +228,11 @@ void Repeats(Checker* check) {
     SetReverse(false);
     const std::vector<double> first = product.Run(path, check);
     SetReverse(true);
-    const std::vector<double> second = product.Run(path, check);
-    check->Expect(std::memcmp(first.data(), second.data(), first.size() * sizeof(double)) == 0,
-                  Name(path), " depends on the order of blocks");
+    for (const Enqueuer& how : {OnDefaultStream(), OnOwnStream(), AsGraph()}) {
+      const std::vector<double> again = product.Run(path, check, how);
+      check->Expect(std::memcmp(first.data(), again.data(), first.size() * sizeof(double)) == 0,
+                    Name(path), how.name, " gives other bits the second time");
+    }
   }
 }
 
@@ -312,11 +304,7 @@ void Paths(Checker* check) {
 
 int main() {
   using namespace bivlm::testing;  // NOLINT(google-build-using-namespace)
-  int devices = 0;
-  if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess) {
-    std::printf("skipped: no GPU to run on (%s)\n", cudaGetErrorString(error));
-    return kSkipped;
-  }
+  if (const int code = FindGpu(); code != 0) return code;
   Checker check;
   Errors(&check);
   Paths(&check);

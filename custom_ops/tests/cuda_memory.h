@@ -53,6 +53,11 @@ class DeviceBytes {
   std::size_t count_;
 };
 
+template <typename T>
+DeviceBytes ToDevice(const std::vector<T>& values) {
+  return DeviceBytes(values.data(), values.size() * sizeof(T));
+}
+
 // `bytes` bytes of 0xFF between two guards of 0xA5, to show writes outside.
 class GuardedDeviceBytes {
  public:

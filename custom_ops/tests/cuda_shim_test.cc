@@ -1,5 +1,5 @@
 // The CUDA shim itself: barriers, operations of a warp, the tensor-core product, limits of a
-// launch, and that what CUDA leaves undefined ends the program.
+// launch, graphs, and that what CUDA leaves undefined ends the program.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <sys/wait.h>
@@ -9,9 +9,12 @@
 #include <random>
 #include <vector>
 
+#include "bivlm/cuda/device.h"
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda/primitives.h"
+#include "cuda/tensor_core.h"
+#include "cuda_device.h"
 
 namespace bivlm::testing {
 namespace {
@@ -87,6 +90,7 @@ void Warps(Checker* check) {
 }
 
 // c += a * b with a (16, 32) and b (32, 8) row-major, fragments by their table.
+template <auto multiply>
 __global__ void ProductKernel(const int8_t* a, const int8_t* b, int32_t* c) {
   const unsigned g = threadIdx.x / 4;
   const unsigned i = threadIdx.x % 4;
@@ -101,27 +105,36 @@ __global__ void ProductKernel(const int8_t* a, const int8_t* b, int32_t* c) {
     }
     c_part[r] = c[(g + 8 * (r / 2)) * 8 + 2 * i + r % 2];
   }
-  cuda::MultiplyAccumulateS8(a_part, b_part, c_part, c_part);
+  multiply(a_part, b_part, c_part, c_part);
   for (unsigned r = 0; r < 4; ++r) c[(g + 8 * (r / 2)) * 8 + 2 * i + r % 2] = c_part[r];
 }
 
+// By the instruction of sm_80, by those of sm_75, and by what kernels call.
 void TensorCoreProduct(Checker* check) {
   std::mt19937 random(1);
   std::vector<int8_t> a(16 * 32);
   std::vector<int8_t> b(32 * 8);
-  std::vector<int32_t> c(16 * 8);
+  std::vector<int32_t> before(16 * 8);
   for (int8_t& value : a) value = static_cast<int8_t>(random());
   for (int8_t& value : b) value = static_cast<int8_t>(random());
-  for (int32_t& value : c) value = static_cast<int32_t>(random() % 1000);
-  const std::vector<int32_t> before = c;
-  check->Expect(Launch(ProductKernel, dim3(1), dim3(32), 0, nullptr, a.data(), b.data(),
-                       c.data()) == cudaSuccess,
-                "launch");
-  for (std::size_t row = 0; row < 16; ++row) {
-    for (std::size_t column = 0; column < 8; ++column) {
-      int32_t want = before[row * 8 + column];
-      for (std::size_t k = 0; k < 32; ++k) want += a[row * 32 + k] * b[k * 8 + column];
-      check->Expect(c[row * 8 + column] == want, "product at ", row, ", ", column);
+  for (int32_t& value : before) value = static_cast<int32_t>(random() % 1000);
+  const struct {
+    const char* name;
+    void (*kernel)(const int8_t*, const int8_t*, int32_t*);
+  } products[] = {{"m16n8k32", ProductKernel<cuda::MmaM16N8K32>},
+                  {"m8n8k16", ProductKernel<cuda::MultiplyAccumulateS8ByQuarters>},
+                  {"chosen", ProductKernel<cuda::MultiplyAccumulateS8>}};
+  for (const auto& product : products) {
+    std::vector<int32_t> c = before;
+    check->Expect(Launch(product.kernel, dim3(1), dim3(32), 0, nullptr, a.data(), b.data(),
+                         c.data()) == cudaSuccess,
+                  "launch");
+    for (std::size_t row = 0; row < 16; ++row) {
+      for (std::size_t column = 0; column < 8; ++column) {
+        int32_t want = before[row * 8 + column];
+        for (std::size_t k = 0; k < 32; ++k) want += a[row * 32 + k] * b[k * 8 + column];
+        check->Expect(c[row * 8 + column] == want, product.name, " at ", row, ", ", column);
+      }
     }
   }
 }
@@ -151,6 +164,61 @@ void Limits(Checker* check) {
                                      65536) == cudaSuccess &&
                     launch(dim3(1), dim3(32), 65536) == cudaSuccess,
                 "64 KiB on request");
+}
+
+__global__ void AddKernel(int* sum, int value) { *sum += value; }
+
+// A graph keeps the arguments of its kernels, runs each time it is launched, and takes in only what
+// its own stream is given.
+void Graphs(Checker* check) {
+  int sum = 0;
+  const auto add = [&](int value, cudaStream_t stream) {
+    return Launch(AddKernel, dim3(1), dim3(1), 0, stream, &sum, value);
+  };
+  AsGraph().run([&](cudaStream_t stream) {
+    check->Expect(add(3, stream) == cudaSuccess && add(4, stream) == cudaSuccess, "capture");
+    check->Expect(sum == 0, "a capture runs a kernel");
+    check->Expect(add(100, nullptr) == cudaErrorStreamCaptureImplicit, "another stream");
+    check->Expect(cudaStreamSynchronize(stream) == cudaErrorStreamCaptureUnsupported, "waiting");
+  });
+  check->Expect(sum == 14, "two runs of a graph: ", sum);
+  OnOwnStream().run([&](cudaStream_t stream) { add(1, stream); });
+  check->Expect(sum == 15, "a stream after a capture: ", sum);
+}
+
+// Which errors let the tests for a GPU be skipped; see cuda_device.h.
+void SkippedTests(Checker* check) {
+  for (const bool has_driver : {false, true}) {
+    check->Expect(MeansNoGpu(cudaErrorNoDevice, has_driver), "no device");
+    check->Expect(MeansNoGpu(cudaErrorInsufficientDriver, has_driver) == !has_driver, "driver");
+    check->Expect(!MeansNoGpu(cudaErrorMemoryAllocation, has_driver), "memory, as under ASan");
+  }
+}
+
+// What the library says of a GPU or a driver that it was not built for.
+void DeviceProblems(Checker* check) {
+  const struct {
+    cudaError_t error;
+    const char* text;
+  } cases[] = {
+      {cudaErrorNoKernelImageForDevice,
+       "no code for this GPU, whose compute capability is 8.7; build it with "
+       "-DBIVLM_CUDA_ARCHITECTURES=87"},
+      {cudaErrorInvalidDeviceFunction, "no code for this GPU"},
+      {cudaErrorInsufficientDriver,
+       "driver is too old: it knows CUDA 12.6, libbivlm_custom_ops_cuda was built "
+       "with CUDA 13.0"},
+      {cudaErrorUnsupportedPtxVersion, "driver is too old"},
+      {cudaErrorMemoryAllocation, "the GPU cannot be used: out of memory"},
+  };
+  for (const auto& c : cases) {
+    setenv("BIVLM_SHIM_GPU_ERROR", std::to_string(c.error).c_str(), 1);
+    const std::string problem = cuda::DeviceProblem();
+    check->Expect(problem.find(c.text) != std::string::npos, "error ", c.error, ": '", problem,
+                  "'");
+  }
+  unsetenv("BIVLM_SHIM_GPU_ERROR");
+  check->Expect(cuda::DeviceProblem().empty(), "a GPU without problems");
 }
 
 __global__ void DivergentBarrier() {
@@ -190,6 +258,9 @@ int main() {
   TensorCoreProduct(&check);
   Intrinsics(&check);
   Limits(&check);
+  Graphs(&check);
+  SkippedTests(&check);
+  DeviceProblems(&check);
   ExpectAbort(&check, "a barrier that one thread does not reach", DivergentBarrier);
   ExpectAbort(&check, "a warp in two operations", DivergentWarp);
   ExpectAbort(&check, "a lane outside its mask", MissingLane);

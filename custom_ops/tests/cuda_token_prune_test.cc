@@ -1,10 +1,13 @@
-// TokenPrune's CUDA kernels, run by the shim on the CPU, against the reference.
+// TokenPrune's CUDA kernels, run by the shim on the CPU or, as cuda_token_prune_gpu_test, on a GPU,
+// against the reference.
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "bivlm/cuda/token_prune.h"
 #include "check.h"
-#include "cuda_shim/fibres.h"
+#include "cuda_device.h"
+#include "cuda_memory.h"
 #include "reference.h"
 #include "token_prune_cases.h"
 
@@ -27,49 +30,90 @@ std::vector<int64_t> Indices(const ReferencePruned& want, std::size_t longest) {
   return indices;
 }
 
+std::size_t ElementBytes(MetricType type) {
+  if (type == MetricType::kInt8) return 1;
+  return type == MetricType::kFloat16 ? 2 : 4;
+}
+
+// The arguments of a problem with what kernels read on the device.
+class DeviceProblem {
+ public:
+  DeviceProblem(const ReferencePrune& p, Types types)
+      : problem_(p, types),
+        args_(problem_.args()),
+        hidden_(args_.hidden, p.b * p.s * p.width * bivlm::ElementBytes(types.hidden)),
+        metric_(args_.metric, p.b * p.s * p.dim * ElementBytes(types.metric)),
+        scores_(args_.scores, p.scores.size() * sizeof(float)) {
+    args_.hidden = hidden_.data();
+    args_.metric = metric_.data();
+    if (args_.scores != nullptr) args_.scores = reinterpret_cast<const float*>(scores_.data());
+  }
+  const TokenPruneArgs& args() const { return args_; }
+
+ private:
+  PruneProblem problem_;
+  TokenPruneArgs args_;
+  DeviceBytes hidden_;
+  DeviceBytes metric_;
+  DeviceBytes scores_;
+};
+
+// What kernels wrote, as numbers; *intact becomes false if they also wrote outside.
+std::vector<int64_t> ReadIntegers(const GuardedDeviceBytes& memory, bool* intact) {
+  bool is_intact = false;
+  const std::vector<uint8_t> bytes = memory.Read(&is_intact);
+  *intact = *intact && is_intact;
+  std::vector<int64_t> integers(bytes.size() / sizeof(int64_t));
+  if (!bytes.empty()) std::memcpy(integers.data(), bytes.data(), bytes.size());
+  return integers;
+}
+
 // Runs the kernels in guarded memory and compares all outputs.
 void ExpectEqual(Checker* check, const std::string& what, const ReferencePrune& p,
-                 const ReferencePruned& want, Types types) {
-  const PruneProblem problem(p, types);
+                 const ReferencePruned& want, Types types,
+                 const Enqueuer& how = OnDefaultStream()) {
+  const DeviceProblem problem(p, types);
   const TokenPruneArgs& args = problem.args();
-  const std::string where = what + " mode=" + p.mode + " merge=" + p.merge + " order=" + p.order +
-                            " metric type " + std::to_string(static_cast<int>(types.metric));
+  const std::string where = what + how.name + " mode=" + p.mode + " merge=" + p.merge +
+                            " order=" + p.order + " metric type " +
+                            std::to_string(static_cast<int>(types.metric));
   const cuda::TokenPrunePlan plan = cuda::PlanTokenPrune(args);
   check->Expect(plan.lengths == Lengths(want), where, ": the plan's lengths are wrong");
   if (plan.lengths != Lengths(want)) return;
   const std::size_t longest = plan.Longest();
   const std::size_t scratch_bytes = cuda::TokenPruneScratchBytes(args, plan);
-  Guarded scratch(scratch_bytes);
-  Guarded pruned(p.b * longest * p.width * ElementBytes(types.hidden));
-  Guarded indices(p.b * longest * sizeof(int64_t));
-  Guarded lengths(p.b * sizeof(int64_t));
-  Guarded map(p.b * p.s * sizeof(int64_t));
+  const GuardedDeviceBytes scratch(scratch_bytes);
+  const GuardedDeviceBytes pruned(p.b * longest * p.width * bivlm::ElementBytes(types.hidden));
+  const GuardedDeviceBytes indices(p.b * longest * sizeof(int64_t));
+  const GuardedDeviceBytes lengths(p.b * sizeof(int64_t));
+  const GuardedDeviceBytes map(p.b * p.s * sizeof(int64_t));
   cuda::TokenPruneOutputs outputs;
   outputs.pruned = pruned.data();
-  outputs.kept_indices = static_cast<int64_t*>(indices.data());
-  outputs.lengths = static_cast<int64_t*>(lengths.data());
-  outputs.token_map = static_cast<int64_t*>(map.data());
-  const std::string error =
-      cuda::LaunchTokenPrune(args, plan, scratch.data(), scratch_bytes, outputs, nullptr);
-  check->Expect(error.empty(), where, ": ", error);
+  outputs.kept_indices = reinterpret_cast<int64_t*>(indices.data());
+  outputs.lengths = reinterpret_cast<int64_t*>(lengths.data());
+  outputs.token_map = reinterpret_cast<int64_t*>(map.data());
+  how.run([&](cudaStream_t stream) {
+    const std::string error =
+        cuda::LaunchTokenPrune(args, plan, scratch.data(), scratch_bytes, outputs, stream);
+    check->Expect(error.empty(), where, ": ", error);
+  });
 
-  const std::vector<int64_t> kept = Indices(want, longest);
+  bool intact = true;
+  const std::vector<int64_t> kept = ReadIntegers(indices, &intact);
   std::string got;
-  for (std::size_t i = 0; i < kept.size(); ++i) {
-    got += std::to_string(outputs.kept_indices[i]) + ' ';
-  }
-  check->Expect(std::equal(kept.begin(), kept.end(), outputs.kept_indices), where, " s=", p.s,
-                " dim=", p.dim, ": got ", got, "want ", Text(want.kept));
-  if (!std::equal(kept.begin(), kept.end(), outputs.kept_indices)) return;
-  check->Expect(std::equal(plan.lengths.begin(), plan.lengths.end(), outputs.lengths), where,
-                ": lengths are wrong");
-  check->Expect(std::equal(want.token_map.begin(), want.token_map.end(), outputs.token_map), where,
-                ": token_map is wrong");
-  const std::size_t wrong = WrongValues(p, want, types.hidden, longest, pruned.data());
+  for (const int64_t index : kept) got += std::to_string(index) + ' ';
+  check->Expect(kept == Indices(want, longest), where, " s=", p.s, " dim=", p.dim, ": got ", got,
+                "want ", Text(want.kept));
+  if (kept != Indices(want, longest)) return;
+  check->Expect(ReadIntegers(lengths, &intact) == plan.lengths, where, ": lengths are wrong");
+  check->Expect(ReadIntegers(map, &intact) == want.token_map, where, ": token_map is wrong");
+  bool is_intact = false;
+  const std::vector<uint8_t> rows = pruned.Read(&is_intact);
+  intact = intact && is_intact;
+  const std::size_t wrong = WrongValues(p, want, types.hidden, longest, rows.data());
   check->Expect(wrong == 0, where, ": ", wrong, " values of pruned are wrong");
-  check->Expect(scratch.IsIntact() && pruned.IsIntact() && indices.IsIntact() &&
-                    lengths.IsIntact() && map.IsIntact(),
-                where, ": wrote outside");
+  scratch.Read(&is_intact);
+  check->Expect(intact && is_intact, where, ": wrote outside");
 }
 
 void ExpectPruned(Checker* check, const std::string& what, const ReferencePrune& p, bool exact,
@@ -79,9 +123,9 @@ void ExpectPruned(Checker* check, const std::string& what, const ReferencePrune&
   if (exact) ExpectEqual(check, what, p, want, {MetricType::kFloat16, ElementType::kFloat16});
   if (!integers) return;
   // The last threads first: nothing may depend on the order.
-  cuda_shim::SetReverse(true);
+  SetReverse(true);
   ExpectEqual(check, what, p, want, {MetricType::kInt8, ElementType::kFloat16});
-  cuda_shim::SetReverse(false);
+  SetReverse(false);
 }
 
 // Integer features: all products are exact, and so are the choices, ties included.
@@ -129,6 +173,18 @@ void ManyPieces(Checker* check) {
   }
 }
 
+// Every mode on a stream of its own and out of a graph.
+void StreamsAndGraphs(Checker* check) {
+  for (uint64_t seed = 1; seed <= 21; ++seed) {
+    const ReferencePrune p = RandomProblem(seed, true);
+    const ReferencePruned want = ReferenceTokenPrune(p);
+    for (const Enqueuer& how : {OnDefaultStream(), OnOwnStream(), AsGraph()}) {
+      ExpectEqual(check, "seed " + std::to_string(seed), p, want,
+                  {MetricType::kFloat32, ElementType::kFloat32}, how);
+    }
+  }
+}
+
 void TooLittleScratch(Checker* check) {
   const ReferencePrune p = OneRow("topk_score", {1, 2, 3}, 2, 3);
   const PruneProblem problem(p, {MetricType::kFloat32, ElementType::kFloat32});
@@ -144,6 +200,7 @@ void TooLittleScratch(Checker* check) {
 
 int main() {
   using namespace bivlm::testing;  // NOLINT(google-build-using-namespace)
+  if (const int code = FindGpu(); code != 0) return code;
   Checker check;
   TooLittleScratch(&check);
   EdgeCases([&](const char* what, const ReferencePrune& p, const Kept& want) {
@@ -153,6 +210,7 @@ int main() {
   ManyPieces(&check);
   IntegerFeatures(&check);
   RealFeatures(&check);
+  StreamsAndGraphs(&check);
   LargeAndExtreme(300, [&](const std::string& what, const ReferencePrune& p) {
     ExpectPruned(&check, what, p, false, false);
   });

@@ -1,5 +1,6 @@
-// GatedSiLU with every kernel that this CPU has against the formula in double; with
-// BIVLM_TEST_CUDA_SHIM the CUDA kernel, run by the shim.
+// GatedSiLU with every kernel that this CPU has against the formula in double; with BIVLM_TEST_CUDA
+// the CUDA kernel, run by the shim on the CPU (cuda_gated_silu_test) or on a GPU
+// (cuda_gated_silu_gpu_test).
 #include "bivlm/gated_silu.h"
 
 #include <cfloat>
@@ -12,8 +13,10 @@
 #include "check.h"
 #include "reference.h"
 
-#ifdef BIVLM_TEST_CUDA_SHIM
+#ifdef BIVLM_TEST_CUDA
 #include "bivlm/cuda/gated_silu.h"
+#include "cuda_device.h"
+#include "cuda_memory.h"
 #endif
 
 namespace bivlm::testing {
@@ -34,21 +37,43 @@ double Load(bool float16, std::size_t i, const void* memory) {
 
 struct Implementation {
   std::string name;
-  std::function<void(const GatedSiluArgs&, const Executor&)> run;
+  std::function<std::string(const GatedSiluArgs&, const Executor&)> run;  // "" or what is wrong
 };
+
+#ifdef BIVLM_TEST_CUDA
+// With copies of x and y on the device.
+Implementation OnDevice(const Enqueuer& how) {
+  return {
+      "cuda" + how.name, [how](const GatedSiluArgs& args, const Executor&) {
+        const std::size_t bytes = args.rows * args.width * ElementBytes(args.type);
+        const DeviceBytes x(args.x, 2 * bytes);
+        const GuardedDeviceBytes y(bytes);
+        GatedSiluArgs on_device = args;
+        on_device.x = x.data();
+        on_device.y = y.data();
+        std::string problem;
+        how.run([&](cudaStream_t stream) { problem = cuda::LaunchGatedSilu(on_device, stream); });
+        bool intact = false;
+        const std::vector<uint8_t> result = y.Read(&intact);
+        if (!intact) problem += " wrote outside y on the device";
+        if (bytes > 0) std::memcpy(args.y, result.data(), bytes);
+        return problem;
+      }};
+}
+#endif
 
 std::vector<Implementation> Implementations() {
   std::vector<Implementation> all;
-#ifdef BIVLM_TEST_CUDA_SHIM
-  all.push_back({"cuda", [](const GatedSiluArgs& args, const Executor&) {
-                   const std::string problem = cuda::LaunchGatedSilu(args, nullptr);
-                   if (!problem.empty()) std::fprintf(stderr, "%s\n", problem.c_str());
-                 }});
+#ifdef BIVLM_TEST_CUDA
+  for (const Enqueuer& how : {OnDefaultStream(), OnOwnStream(), AsGraph()}) {
+    all.push_back(OnDevice(how));
+  }
 #else
   for (const GatedSiluKernel& kernel : GatedSiluKernels()) {
     if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
     all.push_back({kernel.name, [&kernel](const GatedSiluArgs& args, const Executor& executor) {
                      RunGatedSilu(kernel, args, executor);
+                     return std::string();
                    }});
   }
 #endif
@@ -69,9 +94,10 @@ void Run(Checker* check, const Implementation& kernel, bool float16, const std::
   args.width = width;
   args.x = input.data();
   args.y = output.data();
-  kernel.run(args, executor);
+  const std::string problem = kernel.run(args, executor);
   const std::string what = kernel.name + (float16 ? " float16 " : " float32 ") +
                            std::to_string(rows) + " x " + std::to_string(width);
+  check->Expect(problem.empty(), what, ": ", problem);
   check->Expect(input.IsIntact() && output.IsIntact(), what, ": wrote outside a tensor");
   for (std::size_t i = 0; i < rows * width; ++i) {
     const std::size_t at = i / width * 2 * width + i % width;
@@ -130,12 +156,37 @@ void Gates(Checker* check) {
   }
 }
 
+#ifdef BIVLM_TEST_CUDA
+// Refused before anything is read.
+void TooManyRows(Checker* check) {
+  GatedSiluArgs args;
+  args.type = ElementType::kFloat16;
+  const auto expect = [&](std::size_t rows, std::size_t width, const std::string& part) {
+    args.rows = rows;
+    args.width = width;
+    const std::string problem = cuda::LaunchGatedSilu(args, nullptr);
+    check->Expect(problem.find(part) != std::string::npos, "expected '", part, "', got '", problem,
+                  "'");
+  };
+  expect(std::size_t{1} << 31, 256,
+         "X has 2147483648 rows of 512, at most 2147483647 of this size fit one launch; divide");
+  expect((std::size_t{1} << 32) + 1, 257, "X has 4294967297 rows of 514, at most 1073741823 of");
+  expect(1, std::size_t{1} << 40, "at most 0 of this size");
+}
+#endif
+
 }  // namespace
 }  // namespace bivlm::testing
 
 int main() {
+#ifdef BIVLM_TEST_CUDA
+  if (const int code = bivlm::testing::FindGpu(); code != 0) return code;
+#endif
   bivlm::testing::Checker check;
   bivlm::testing::Shapes(&check);
   bivlm::testing::Gates(&check);
+#ifdef BIVLM_TEST_CUDA
+  bivlm::testing::TooManyRows(&check);
+#endif
   return check.Finish("gated_silu_test");
 }

@@ -173,6 +173,44 @@ def test_a_kernel_of_the_cpu_cannot_be_forced(
         run(model, {"X": x}, library=shim)
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (209, r"ops_cuda has no code for this GPU, .* 8\.7; build it with .*ARCHITECTURES=87"),
+        (35, r"driver is too old: it knows CUDA 12\.6, .*ops_cuda was built with CUDA 13\.0"),
+    ],
+)
+@pytest.mark.parametrize("op", ["BinaryMatMul", "GatedSiLU", "TokenPrune"])
+def test_a_gpu_that_the_library_has_no_code_for(
+    op: str,
+    error: int,
+    sentence: str,
+    shim: str,
+    make_packed: Callable[..., Any],
+    prune_case: Callable[..., Any],
+    make_model: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Said when the session is created, by every operator; not in the middle of a run."""
+    if op == "BinaryMatMul":
+        packed = make_packed(np.random.default_rng(1), 16, 128, (128,))
+        inputs = {"X": np.zeros((1, 128), np.float32), **packed.inputs}
+        names = ("codes", "coefficients")
+        model = make_model(op, inputs, ["Y"], constants=names, **packed.attributes)
+    elif op == "GatedSiLU":
+        model = make_model(op, {"X": np.ones((2, 8), np.float32)}, ["Y"])
+    else:
+        inputs, attributes = prune_case(0, "mmr")
+        model = make_model(op, inputs, ["pruned", "kept_indices"], **attributes)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(shim)
+    ort.InferenceSession(model.SerializeToString(), options)
+    monkeypatch.setenv("BIVLM_SHIM_GPU_ERROR", str(error))
+    with pytest.raises(Exception, match=sentence):
+        ort.InferenceSession(model.SerializeToString(), options)
+
+
 def test_two_libraries_of_the_domain_are_one_too_many(
     shim: str, make_model: Callable[..., Any]
 ) -> None:

@@ -1,6 +1,7 @@
 // BinaryMatMul on a GPU: checks, the division of the scratch memory, the choice of kernels.
 #include "bivlm/cuda/binary_matmul.h"
 #include "cuda/binary_matmul_kernels.h"
+#include "cuda/launch.h"
 
 namespace bivlm::cuda {
 namespace {
@@ -9,9 +10,6 @@ namespace {
 // go through shared memory. Estimated; no GPU has measured it.
 constexpr std::size_t kDecodeTokens = 32;
 constexpr std::size_t kPrefillTiles = 48;
-
-// What one launch can number.
-constexpr std::size_t kMaxBlocks = 0x7FFFFFFF;
 
 std::size_t CeilDivide(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 

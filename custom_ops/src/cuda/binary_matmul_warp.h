@@ -13,6 +13,7 @@
 #include "cuda/activation.h"
 #include "cuda/binary_matmul_kernels.h"
 #include "cuda/primitives.h"
+#include "cuda/tensor_core.h"
 
 namespace bivlm::cuda {
 

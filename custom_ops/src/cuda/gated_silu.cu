@@ -23,9 +23,13 @@ __global__ void __launch_bounds__(kThreads)
   StoreAs(y + row * width + i, __fdiv_rn(gate, 1.0F + expf(-gate)) * up);
 }
 
+std::size_t BlocksPerRow(const GatedSiluArgs& args) {
+  return args.width / kThreads + (args.width % kThreads != 0 ? 1 : 0);
+}
+
 template <typename Element>
 cudaError_t LaunchAs(const GatedSiluArgs& args, cudaStream_t stream) {
-  const std::size_t blocks_per_row = (args.width + kThreads - 1) / kThreads;
+  const std::size_t blocks_per_row = BlocksPerRow(args);
   return Launch(GatedSilu<Element>, dim3(static_cast<unsigned>(args.rows * blocks_per_row)),
                 dim3(kThreads), 0, stream, static_cast<const Element*>(args.x),
                 static_cast<Element*>(args.y), uint64_t{args.width},
@@ -36,6 +40,11 @@ cudaError_t LaunchAs(const GatedSiluArgs& args, cudaStream_t stream) {
 
 std::string LaunchGatedSilu(const GatedSiluArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.width == 0) return "";
+  const std::size_t most = kMaxBlocks / BlocksPerRow(args);
+  if (args.rows > most) {
+    return "X has " + std::to_string(args.rows) + " rows of " + std::to_string(2 * args.width) +
+           ", at most " + std::to_string(most) + " of this size fit one launch; divide them";
+  }
   const cudaError_t error = args.type == ElementType::kFloat32 ? LaunchAs<float>(args, stream)
                                                                : LaunchAs<uint16_t>(args, stream);
   if (error == cudaSuccess) return "";

@@ -9,6 +9,9 @@
 
 namespace bivlm::cuda {
 
+// What one launch can number.
+inline constexpr std::size_t kMaxBlocks = 0x7FFFFFFF;
+
 // What the launch itself returns; an error of the kernel shows later, as always with CUDA.
 template <typename... Parameters>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,

@@ -32,29 +32,28 @@ __device__ __forceinline__ void WaitForCopies() {
 // With g = lane / 4 and i = lane % 4, byte n of register r holds
 //   a: row g + 8 (r % 2), k = 4 i + 16 (r / 2) + n
 //   b: k = 4 i + 16 r + n, column g
-// and register r of c and d row g + 8 (r / 2), column 2 i + r % 2.
+// and register r of c and d row g + 8 (r / 2), column 2 i + r % 2. From sm_80 on.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-fragment-mma-16832
-__device__ __forceinline__ void MultiplyAccumulateS8(const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                                     const int32_t (&c)[4], int32_t (&d)[4]) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+__device__ __forceinline__ void MmaM16N8K32(const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                            const int32_t (&c)[4], int32_t (&d)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%10, %11, %12, %13};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
         "r"(c[2]), "r"(c[3]));
-#else
-  // Turing has m8n8k16: the quarters of a, whose registers lie in the same lanes.
-  int32_t sum[4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%4, %5};"
-        : "=r"(sum[2 * half]), "=r"(sum[2 * half + 1])
-        : "r"(a[half]), "r"(b[0]), "r"(c[2 * half]), "r"(c[2 * half + 1]));
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%4, %5};"
-        : "=r"(d[2 * half]), "=r"(d[2 * half + 1])
-        : "r"(a[half + 2]), "r"(b[1]), "r"(sum[2 * half]), "r"(sum[2 * half + 1]));
-  }
-#endif
+}
+
+// The same of a 8 x 16, b 16 x 8 and c 8 x 8: byte n holds
+//   a: row g, k = 4 i + n
+//   b: k = 4 i + n, column g
+// and register r of c and d row g, column 2 i + r.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-fragment-mma-8816
+__device__ __forceinline__ void MmaM8N8K16(uint32_t a, uint32_t b, const int32_t (&c)[2],
+                                           int32_t (&d)[2]) {
+  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%4, %5};"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(a), "r"(b), "r"(c[0]), "r"(c[1]));
 }
 
 }  // namespace bivlm::cuda

@@ -37,7 +37,7 @@ Status* CreateKernel(const CustomOp*, const Api* api, const KernelInfo* info, vo
     kernel->api = api;
     kernel->label = NodeLabel(api, info, "BinaryMatMul");
     label = kernel->label;
-    RefuseOtherKernels();
+    RequireOurKernels();
     kernel->weight = ReadBinaryMatMulWeight(api, info);
     const WeightTensors tensors = ConstantWeightTensors(api, info);
     SetWeightTensors(tensors, &kernel->weight);

@@ -19,7 +19,7 @@ Status* CreateKernel(const CustomOp*, const Api* api, const KernelInfo* info, vo
   std::string label = "GatedSiLU";
   return Guard(api, label, [&] {
     label = NodeLabel(api, info, "GatedSiLU");
-    RefuseOtherKernels();
+    RequireOurKernels();
     *out = std::make_unique<Kernel>(Kernel{api, label}).release();
   });
 }

@@ -1,5 +1,6 @@
 #include "ort_cuda/gpu_call.h"
 
+#include "bivlm/cuda/device.h"
 #include "ort_cuda/provider.h"
 
 namespace bivlm::ort {
@@ -33,10 +34,13 @@ GpuScratch::~GpuScratch() {
   if (allocator_ != nullptr) ReleaseAllocator::Call(api_, allocator_);
 }
 
-void RefuseOtherKernels() {
+void RequireOurKernels() {
   const std::string forced = ForcedKernel();
   if (!forced.empty() && forced != "cuda") {
     throw InvalidArgument(ForcedKernelProblem(forced, "cuda"));
+  }
+  if (const std::string problem = cuda::DeviceProblem(); !problem.empty()) {
+    throw std::runtime_error(problem);
   }
 }
 

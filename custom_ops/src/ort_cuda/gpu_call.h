@@ -29,8 +29,9 @@ class GpuScratch {
   void* data_ = nullptr;
 };
 
-// Refuses BIVLM_FORCE_KERNEL unless it names the one kernel on a GPU, "cuda".
-void RefuseOtherKernels();
+// At the creation of a kernel: refuses BIVLM_FORCE_KERNEL unless it names the one kernel on a GPU,
+// "cuda", and a GPU or driver on which no kernel of this library runs.
+void RequireOurKernels();
 
 // Throws what is wrong, unless that is "".
 void RequireLaunch(const std::string& label, const std::string& problem);

@@ -21,7 +21,7 @@ Status* CreateKernel(const CustomOp*, const Api* api, const KernelInfo* info, vo
   std::string label = "TokenPrune";
   return Guard(api, label, [&] {
     label = NodeLabel(api, info, "TokenPrune");
-    RefuseOtherKernels();
+    RequireOurKernels();
     *out = std::make_unique<Kernel>(Kernel{api, label, ReadTokenPruneOptions(api, info)}).release();
   });
 }

@@ -10,8 +10,8 @@
 
 namespace bivlm::cuda {
 
-// Computes args.y, device memory as args.x is, on `stream`: enqueues a kernel and returns. Returns
-// "" or what is wrong.
+// Computes args.y, device memory as args.x is, on `stream`: enqueues a kernel, which a CUDA graph
+// can capture, and returns. Returns "" or what is wrong.
 std::string LaunchGatedSilu(const GatedSiluArgs& args, cudaStream_t stream);
 
 }  // namespace bivlm::cuda

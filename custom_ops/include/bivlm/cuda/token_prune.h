@@ -3,8 +3,8 @@
 // How many tokens stay of each row follows from `segments` and `keep`, which are on the host; which
 // ones, the GPU decides. The launch only enqueues kernels on a stream: it waits for nothing,
 // allocates nothing, keeps no state, copies nothing between host and GPU (what the plan says
-// travels in the parameters of the kernels). Any number of threads and streams may call it, each
-// with scratch memory of its own.
+// travels in the parameters of the kernels), and can be captured in a CUDA graph. Any number of
+// threads and streams may call it, each with scratch memory of its own.
 #ifndef BIVLM_CUDA_TOKEN_PRUNE_H_
 #define BIVLM_CUDA_TOKEN_PRUNE_H_
 

@@ -28,8 +28,8 @@ void WaitForCopies() {
 //   a: row g + 8 (r % 2), k 4 i + 16 (r / 2) + b
 //   b: k 4 i + 16 r + b, column g
 // and register r of the accumulator row g + 8 (r / 2), column 2 i + r % 2.
-inline void MultiplyAccumulateS8(const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                 const int32_t (&c)[4], int32_t (&d)[4]) {
+inline void MmaM16N8K32(const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4],
+                        int32_t (&d)[4]) {
   struct Registers {
     uint32_t a[4];
     uint32_t b[2];
@@ -51,6 +51,28 @@ inline void MultiplyAccumulateS8(const uint32_t (&a)[4], const uint32_t (&b)[2],
         const auto* of_b = static_cast<const Registers*>(lanes[column * 4 + i]);
         result[r] = __dp4a(static_cast<int>(of_a->a[row / 8 + 2 * (k / 16)]),
                            static_cast<int>(of_b->b[k / 16]), result[r]);
+      }
+    }
+  });
+  std::memcpy(d, result, sizeof(d));
+}
+
+// mma.sync.m8n8k16 with .s8 operands: byte b of a is row g, k 4 i + b, of b k 4 i + b, column g;
+// register r of the accumulator row g, column 2 i + r.
+inline void MmaM8N8K16(uint32_t a, uint32_t b, const int32_t (&c)[2], int32_t (&d)[2]) {
+  struct Registers {
+    uint32_t a;
+    uint32_t b;
+  };
+  const unsigned row = cuda_shim::LaneIndex() / 4;
+  const unsigned own_column = cuda_shim::LaneIndex() % 4 * 2;
+  int32_t result[2] = {c[0], c[1]};
+  cuda_shim::Exchange(~0U, "mma.m8n8k16", Registers{a, b}, [&](const cuda_shim::LaneData& lanes) {
+    for (unsigned r = 0; r < 2; ++r) {
+      for (unsigned i = 0; i < 4; ++i) {
+        const auto* of_a = static_cast<const Registers*>(lanes[row * 4 + i]);
+        const auto* of_b = static_cast<const Registers*>(lanes[(own_column + r) * 4 + i]);
+        result[r] = __dp4a(static_cast<int>(of_a->a), static_cast<int>(of_b->b), result[r]);
       }
     }
   });

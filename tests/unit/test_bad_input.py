@@ -203,17 +203,36 @@ def test_layer_that_the_first_batch_does_not_reach_is_quantized() -> None:
     assert result.skipped == {"body.unused": "not reached by the calibration inputs"}
 
 
-@pytest.mark.parametrize("method", ["bivlm-edge", "gptq"])
-def test_hessian_that_no_damping_helps_is_refused_by_name(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def with_hessian(monkeypatch: pytest.MonkeyPatch, diagonal: float, others: float) -> None:
+    """Let every layer's inputs to fit have the same unsound Hessian."""
     finish = StatisticsCollector.finish
 
     def broken(collector: StatisticsCollector) -> InputStatistics:
         found = finish(collector)
-        hessian = torch.full_like(found.fit.hessian, 1e9).fill_diagonal_(1e-9)
-        return replace(found, fit=replace(found.fit, hessian=hessian))
+        hessian = torch.full_like(found.fit.hessian, others).fill_diagonal_(diagonal)
+        mean = torch.zeros_like(found.fit.mean)
+        return replace(found, fit=replace(found.fit, hessian=hessian, mean=mean))
 
     monkeypatch.setattr(StatisticsCollector, "finish", broken)
+
+
+@pytest.mark.parametrize("method", ["bivlm-edge", "gptq"])
+def test_hessian_that_no_damping_helps_is_refused_by_name(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_hessian(monkeypatch, 1e-9, 1e9)
     with pytest.raises(DataError, match=r"inputs of 'body.first': .* not positive definite"):
         quantize(make_model(), make_batches(), method)
+
+
+@pytest.mark.parametrize("method", ["bivlm-edge", "gptq", "pb-llm", "billm"])
+def test_raised_damping_is_logged_with_the_names_of_the_layers(
+    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_hessian(monkeypatch, 1.0, -0.02)  # least eigenvalue 1 - 63 * 0.02 = -0.26
+    quantize(make_model(), make_batches(), method)
+    raised = [
+        text for text in caplog.messages if "Cholesky failed with damping 0.1, trying" in text
+    ]
+    layers = {text.partition(": ")[0] for text in raised}
+    assert layers == {"the inputs of 'body.first'", "the inputs of 'body.second'"}

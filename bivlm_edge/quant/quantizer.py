@@ -173,9 +173,8 @@ def quantize_model(
         )
         plans = plan_planes(walk_once, result.skipped, config, work)
     if config.token_weights == "vlmq":
-        weighting = VlmqWeighting(
-            vlm.module, sequences, batches, _vision_rows(vlm.module, batches), result.modalities
-        )
+        vision = _vision_rows(vlm.module, batches)
+        weighting = VlmqWeighting(vlm.module, sequences, batches, vision, result.modalities, team)
 
     propagates = "propagation" in needs and "propagation" not in config.without
     reference = FloatStream(vlm.module, sequences, batches) if propagates else None

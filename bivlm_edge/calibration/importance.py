@@ -12,6 +12,7 @@ from bivlm_edge.calibration.capture import IGNORED, LABELS, Batch, Blocks
 from bivlm_edge.calibration.moments import ALONE
 from bivlm_edge.calibration.precision import fast_products
 from bivlm_edge.distributed import Team
+from bivlm_edge.errors import DataError
 from bivlm_edge.memory import release_freed
 
 TEMPERATURE = 2.0
@@ -55,6 +56,9 @@ def token_importance(
         Dotted layer name -> per batch float32 (rows,), at least 20 % of the layer's mean, so that
         no token is ignored. Missing are layers that a batch does not reach, and those that the
         answers do not depend on.
+
+    Raises:
+        DataError: A batch makes NaN or infinity in a layer's input or its output's gradient.
     """
     layers = {
         f"{name}.{local}" if name else local: layer
@@ -66,7 +70,7 @@ def token_importance(
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     for number, batch in zip(team.numbers(len(batches)), batches, strict=True):
         generator = torch.Generator().manual_seed(_BATCH_SEEDS * seed + number)
-        for name, weights in _backward(module, layers, batch, generator).items():
+        for name, weights in _backward(module, layers, batch, generator, number).items():
             found[name].append(weights)
         release_freed()
     sums = torch.zeros(len(found), 4, dtype=torch.float64)  # g, g^2, rows, incomplete layers
@@ -88,7 +92,11 @@ def token_importance(
 
 
 def _backward(
-    module: nn.Module, layers: dict[str, nn.Linear], batch: Batch, generator: torch.Generator
+    module: nn.Module,
+    layers: dict[str, nn.Linear],
+    batch: Batch,
+    generator: torch.Generator,
+    number: int,
 ) -> dict[str, Tensor]:
     """Root mean square output gradients of the rows of one batch, by layer."""
     weights: dict[str, Tensor] = {}
@@ -97,8 +105,11 @@ def _backward(
         def record(gradient: Tensor) -> None:
             rows = gradient.reshape(-1, gradient.shape[-1])
             weights[name] = (rows.float() ** 2).mean(dim=1).sqrt()
+            _check_finite(weights[name][:, None], "gradient of the output", name, number)
 
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            rows = inputs[0].detach()
+            _check_finite(rows.reshape(-1, rows.shape[-1]), "input", name, number)
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             output.register_hook(record)
@@ -120,6 +131,17 @@ def _backward(
         for handle in handles:
             handle.remove()
     return weights
+
+
+def _check_finite(rows: Tensor, what: str, name: str, batch: int) -> None:
+    """Refuse what a layer has per token, (rows, values), where it is not finite."""
+    bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+    if bad:
+        raise DataError(
+            f"calibration batch {batch} makes NaN or infinity in the {what} of '{name}' "
+            f"({bad} of {len(rows)} tokens). Check the samples of this batch, and that the "
+            "checkpoint is sound."
+        )
 
 
 def _answer_logits(logits: Tensor, labels: Tensor | None) -> Tensor:

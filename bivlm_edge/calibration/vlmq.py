@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bivlm_edge.calibration.capture import Batch, Blocks, Call, Stopped, capture
+from bivlm_edge.calibration.moments import ALONE
+from bivlm_edge.distributed import Team
 from bivlm_edge.errors import UnsupportedModelError
 
 DECODER = "decoder"
@@ -51,6 +53,7 @@ class VlmqWeighting:
         vision: Which rows of the decoder's hidden states are image tokens, bool (rows,) per batch,
             for the account; None if there are no image tokens.
         modalities: Where `weigh` puts the mean weights of each layer, by dotted name.
+        team: The processes that share the batches, `batches` being this one's.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class VlmqWeighting:
         batches: Sequence[Batch],
         vision: Sequence[Tensor] | None,
         modalities: dict[str, ModalityWeights],
+        team: Team = ALONE,
     ) -> None:
         blocks = [s.blocks for s in sequences if s.name == DECODER and s.blocks]
         self._hidden = [
@@ -68,6 +72,7 @@ class VlmqWeighting:
         ]
         self._vision = vision
         self._modalities = modalities
+        self._team = team
 
     def weigh(
         self, part: str, name: str, block: nn.Module, calls: Sequence[Call]
@@ -82,20 +87,29 @@ class VlmqWeighting:
             factors, self._hidden[number] = _factors(block, attention, call, self._hidden[number])
             for layer, rows in factors.items():
                 found.setdefault(f"{prefix}{local}.{layer}", []).append(rows**2)
-        for layer, weights in found.items():
-            self._modalities[layer] = self._by_modality(torch.cat(weights))
+        layers = [f"{prefix}{local}.{layer}" for layer, _ in _linear_layers(attention)]
+        self._modalities.update(self._by_modality(layers, found))
         return found
 
-    def _by_modality(self, weights: Tensor) -> ModalityWeights:
-        vision = (
-            torch.zeros(len(weights), dtype=torch.bool)
-            if self._vision is None
-            else torch.cat(list(self._vision))
-        )
-        text, image = weights[~vision], weights[vision]
-        return ModalityWeights(
-            float(text.mean()) if len(text) else None, float(image.mean()) if len(image) else None
-        )
+    def _by_modality(
+        self, layers: Sequence[str], weights: Mapping[str, Sequence[Tensor]]
+    ) -> dict[str, ModalityWeights]:
+        """Mean weights over the batches of all processes; `layers` are the same in each."""
+        sums = torch.zeros(len(layers), 2, 2, dtype=torch.float64)  # text and vision: sum, rows
+        for index, name in enumerate(layers):
+            for number, rows in enumerate(weights.get(name, [])):
+                is_vision = torch.zeros(len(rows), dtype=torch.bool)
+                if self._vision is not None:
+                    is_vision = self._vision[number]
+                for modality, chosen in enumerate((rows[~is_vision], rows[is_vision])):
+                    sums[index, modality, 0] += chosen.double().sum()
+                    sums[index, modality, 1] += len(chosen)
+        told = {}
+        for name, modalities in zip(layers, self._team.sum(sums).tolist(), strict=True):
+            means = [total / rows if rows else None for total, rows in modalities]
+            if means != [None, None]:
+                told[name] = ModalityWeights(*means)
+        return told
 
 
 def _attention(name: str, block: nn.Module) -> tuple[str, nn.Module]:
@@ -109,6 +123,10 @@ def _attention(name: str, block: nn.Module) -> tuple[str, nn.Module]:
         f"'{name}' ({type(block).__name__}) has no child with attention in its name (it has "
         f"{children}), so --importance vlmq cannot weigh it. Choose --importance loss or none."
     )
+
+
+def _linear_layers(attention: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(n, layer) for n, layer in attention.named_modules() if isinstance(layer, nn.Linear)]
 
 
 def _factors(
@@ -129,8 +147,7 @@ def _factors(
     outputs: dict[str, Tensor] = {}
     handles = [
         layer.register_forward_hook(_remember(local, outputs))
-        for local, layer in attention.named_modules()
-        if isinstance(layer, nn.Linear)
+        for local, layer in _linear_layers(attention)
     ]
     try:
         with torch.no_grad():

@@ -12,7 +12,7 @@ from bivlm_edge.calibration.capture import LayerGroup
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import DataError
 from bivlm_edge.quant import methods
-from bivlm_edge.quant.linalg import IndefiniteError, output_energy
+from bivlm_edge.quant.linalg import IndefiniteError, concerning, output_energy
 from bivlm_edge.quant.propagation import second_moment, target_weight, varies
 from bivlm_edge.quant.transform import CalibratedLayer
 
@@ -55,12 +55,13 @@ def group_seed(config: QuantConfig, group: LayerGroup) -> int:
 
 @contextmanager
 def naming(names: Sequence[str]) -> Iterator[None]:
-    """Say of which layers with the same input the Hessian cannot be factorized."""
+    """Say of which layers with the same input the Hessian needs more damping, or has no factor."""
+    subject = "the inputs of " + ", ".join(f"'{name}'" for name in names)
     try:
-        yield
+        with concerning(subject):
+            yield
     except IndefiniteError as error:
-        layers = ", ".join(f"'{name}'" for name in names)
         raise DataError(
-            f"the inputs of {layers}: {error} Check the calibration data, or choose --method rtn, "
+            f"{subject}: {error} Check the calibration data, or choose --method rtn, "
             "which needs none."
         ) from error

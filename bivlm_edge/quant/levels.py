@@ -88,25 +88,34 @@ def canonical(alpha: Tensor) -> Tensor:
     return alpha.abs().sort(dim=1, descending=True).values
 
 
-def fit_coefficients(weight: Tensor, planes: int, column_weights: Tensor | None = None) -> Tensor:
-    """Coefficients (n, planes) that minimise the weighted squared error of each row.
-
-    Alternates nearest levels and least squares from the Gaussian optimum; never increases the
-    error.
+def gaussian_coefficients(
+    weight: Tensor, planes: int, column_weights: Tensor | None = None
+) -> Tensor:
+    """Coefficients (n, planes) that fit a Gaussian with the weighted mean square of each row best.
 
     Args:
         weight: (n, k).
         planes: 1 to 4.
         column_weights: (k,), not negative; None for equal weights.
     """
-    weights = (
-        torch.ones(weight.shape[1], dtype=weight.dtype)
-        if column_weights is None
-        else (column_weights / column_weights.mean()).to(weight.dtype)
-    )
+    weights = _mean_one(weight, column_weights)
     deviation = ((weight**2 * weights).mean(dim=1, keepdim=True)).sqrt()
-    alpha = deviation * torch.tensor(GAUSSIAN_COEFFICIENTS[planes - 1], dtype=weight.dtype)
-    table = sign_table(planes).to(weight.dtype)
+    return deviation * torch.tensor(GAUSSIAN_COEFFICIENTS[planes - 1], dtype=weight.dtype)
+
+
+def fit_coefficients(weight: Tensor, start: Tensor, column_weights: Tensor | None = None) -> Tensor:
+    """Coefficients (n, planes) that minimise the weighted squared error of each row.
+
+    Alternates nearest levels and least squares; never increases the error.
+
+    Args:
+        weight: (n, k).
+        start: Coefficients to begin with, (n, planes), 1 to 4 planes.
+        column_weights: (k,), not negative; None for equal weights.
+    """
+    weights = _mean_one(weight, column_weights)
+    alpha = start
+    table = sign_table(start.shape[1]).to(weight.dtype)
     for _ in range(_ITERATIONS):
         levels = make_levels(alpha)
         codes = levels.nearest_codes(weight.T).long()
@@ -115,6 +124,13 @@ def fit_coefficients(weight: Tensor, planes: int, column_weights: Tensor | None 
         gram = weighted @ signs.mT
         alpha = solve_rows(gram, (weighted @ weight[:, :, None])[:, :, 0])
     return canonical(alpha)
+
+
+def _mean_one(weight: Tensor, column_weights: Tensor | None) -> Tensor:
+    """Column weights (k,) of mean one in the dtype of `weight`."""
+    if column_weights is None:
+        return torch.ones(weight.shape[1], dtype=weight.dtype)
+    return (column_weights / column_weights.mean()).to(weight.dtype)
 
 
 def solve_rows(gram: Tensor, target: Tensor) -> Tensor:

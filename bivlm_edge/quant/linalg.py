@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -13,10 +15,21 @@ logger = logging.getLogger(__name__)
 DAMPING = 0.01
 _MAX_DAMPING = 1e3
 _BLOCK = 128
+_SUBJECT: ContextVar[str] = ContextVar("_SUBJECT", default="a Hessian")
 
 
 class IndefiniteError(ValueError):
     """A Hessian that no damping makes positive definite; the message does not know the layer."""
+
+
+@contextmanager
+def concerning(subject: str) -> Iterator[None]:
+    """Inside, log lines of `inverse_factor` begin with `subject`."""
+    token = _SUBJECT.set(subject)
+    try:
+        yield
+    finally:
+        _SUBJECT.reset(token)
 
 
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
@@ -48,7 +61,8 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
                 return upper
-        logger.warning("Cholesky failed with damping %g, trying %g", used, used * 10)
+        subject = _SUBJECT.get()
+        logger.warning("%s: Cholesky failed with damping %g, trying %g", subject, used, used * 10)
         used *= 10
     raise IndefiniteError(
         f"the Hessian ({len(hessian)} x {len(hessian)}) is not positive definite even with "

@@ -143,22 +143,22 @@ def quantize_model(
     Raises:
         RequestError: no batches, the budget is below one plane per layer, or the work folder
             belongs to another run.
-        CheckpointError: a weight holds NaN or infinity.
-        DataError: the calibration data make NaN or infinity in a layer's input, or a Hessian that
-            no damping makes positive definite.
+        CheckpointError: a parameter of the module holds NaN or infinity.
+        DataError: the calibration data make NaN or infinity in a layer's input or in the gradient
+            of its output, or a Hessian that no damping makes positive definite.
         OutputError: the work folder cannot be written.
     """
     result = QuantizedModel(skipped=skipped_layers(vlm, config.method))
+    streamed: StreamedBlocks | None = getattr(vlm, "streamed", None)
+    _check_weights(vlm.module, streamed)
     if config.method == "none":
         return result
     if not batches:
         raise RequestError("there are no calibration batches. Give at least one.")
-    streamed: StreamedBlocks | None = getattr(vlm, "streamed", None)
     held = streamed.held if streamed else None
     team = distributed.current()
     work = _open_work_folder(work_folder, vlm.module, streamed, batches, config, team)
     batches = team.share(batches)
-    _check_weights(vlm.module, streamed, result.skipped)
     sequences = vlm.block_sequences()
     total = len(linear_layers(vlm.module)) - len(result.skipped)
     weighting: Weighting | None = None
@@ -173,9 +173,8 @@ def quantize_model(
         )
         plans = plan_planes(walk_once, result.skipped, config, work)
     if config.token_weights == "vlmq":
-        weighting = VlmqWeighting(
-            vlm.module, sequences, batches, _vision_rows(vlm.module, batches), result.modalities
-        )
+        vision = _vision_rows(vlm.module, batches)
+        weighting = VlmqWeighting(vlm.module, sequences, batches, vision, result.modalities, team)
 
     propagates = "propagation" in needs and "propagation" not in config.without
     reference = FloatStream(vlm.module, sequences, batches) if propagates else None
@@ -272,27 +271,23 @@ def _open_work_folder(
     return WorkFolder(path, run, team)
 
 
-def _check_weights(
-    module: nn.Module, streamed: StreamedBlocks | None, skipped: Mapping[str, str]
-) -> None:
-    """Refuse weights that no method can quantize.
+def _check_weights(module: nn.Module, streamed: StreamedBlocks | None) -> None:
+    """Refuse a model that computes nothing sound, whichever of its parts are quantized.
 
     Raises:
-        CheckpointError: a weight or bias of a layer to be quantized is not finite.
+        CheckpointError: a parameter is not finite.
     """
-    for name, layer in linear_layers(module).items():
-        for kind, parameter in layer.named_parameters(recurse=False):
-            if name in skipped:
-                continue
-            values = parameter.detach()
-            if streamed and values.is_meta:
-                values = streamed.read(f"{name}.{kind}")
-            bad = int((~torch.isfinite(values)).sum())
-            if bad:
-                raise CheckpointError(
-                    f"the {kind} of '{name}' holds {bad} NaN or infinite values of "
-                    f"{values.numel()}. Give a sound checkpoint."
-                )
+    for path, parameter in module.named_parameters():
+        values = parameter.detach()
+        if streamed and values.is_meta:
+            values = streamed.read(path)
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
+            name, _, kind = path.rpartition(".")
+            raise CheckpointError(
+                f"the {kind} of '{name}' holds {bad} NaN or infinite values of "
+                f"{values.numel()}. Give a sound checkpoint."
+            )
 
 
 def _vision_rows(module: nn.Module, batches: Sequence[Batch]) -> list[Tensor] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +79,53 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, parameter
     getattr(model.module.get_submodule("body.second"), parameter).view(-1)[:2] = value
     with pytest.raises(CheckpointError, match=f"{parameter} of 'body.second' holds 2 NaN"):
         quantize(model, make_batches(), "rtn")
+
+
+class Speaking(nn.Module):
+    """A body between a token table and a head that no method quantizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(30, 64)
+        self.body = Pair()
+        self.norm = nn.LayerNorm(64)
+        self.lm_head = nn.Linear(64, 30, bias=False)
+
+    def forward(self, input_ids: Tensor, gain: Tensor) -> SimpleNamespace:
+        hidden = self.norm(self.body(self.embed_tokens(input_ids)))
+        return SimpleNamespace(logits=self.lm_head(hidden) * gain)
+
+
+def make_speaking(*gains: float) -> tuple[Model, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    ids = torch.arange(30).reshape(2, 15)
+    batches = [{"input_ids": ids, "gain": torch.tensor(gain)} for gain in gains]
+    return Model(Speaking().eval().requires_grad_(False)), batches
+
+
+@pytest.mark.parametrize("method", ["bivlm-edge", "rtn", "none"])
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [("lm_head", "weight"), ("embed_tokens", "weight"), ("norm", "weight"), ("norm", "bias")],
+)
+def test_parts_that_are_not_quantized_are_refused_by_name_too(
+    part: str, kind: str, method: str
+) -> None:
+    model, batches = make_speaking(1.0, 1.0)
+    getattr(model.module.get_submodule(part), kind).view(-1)[3] = math.nan
+    with pytest.raises(CheckpointError, match=f"the {kind} of '{part}' holds 1 NaN or infinite"):
+        quantize(model, batches, method)
+
+
+@pytest.mark.parametrize("gain", [math.nan, math.inf])
+def test_answers_that_are_not_finite_are_refused_with_layer_and_batch(gain: float) -> None:
+    model, batches = make_speaking(1.0, 1.0, gain)
+    expected = (
+        r"batch 2 makes NaN or infinity in the gradient of the output of 'body.second' "
+        r"\(30 of 30 tokens\)"
+    )
+    with pytest.raises(DataError, match=expected):
+        quantize(model, batches, "bivlm-edge")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -155,17 +203,36 @@ def test_layer_that_the_first_batch_does_not_reach_is_quantized() -> None:
     assert result.skipped == {"body.unused": "not reached by the calibration inputs"}
 
 
-@pytest.mark.parametrize("method", ["bivlm-edge", "gptq"])
-def test_hessian_that_no_damping_helps_is_refused_by_name(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def with_hessian(monkeypatch: pytest.MonkeyPatch, diagonal: float, others: float) -> None:
+    """Let every layer's inputs to fit have the same unsound Hessian."""
     finish = StatisticsCollector.finish
 
     def broken(collector: StatisticsCollector) -> InputStatistics:
         found = finish(collector)
-        hessian = torch.full_like(found.fit.hessian, 1e9).fill_diagonal_(1e-9)
-        return replace(found, fit=replace(found.fit, hessian=hessian))
+        hessian = torch.full_like(found.fit.hessian, others).fill_diagonal_(diagonal)
+        mean = torch.zeros_like(found.fit.mean)
+        return replace(found, fit=replace(found.fit, hessian=hessian, mean=mean))
 
     monkeypatch.setattr(StatisticsCollector, "finish", broken)
+
+
+@pytest.mark.parametrize("method", ["bivlm-edge", "gptq"])
+def test_hessian_that_no_damping_helps_is_refused_by_name(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_hessian(monkeypatch, 1e-9, 1e9)
     with pytest.raises(DataError, match=r"inputs of 'body.first': .* not positive definite"):
         quantize(make_model(), make_batches(), method)
+
+
+@pytest.mark.parametrize("method", ["bivlm-edge", "gptq", "pb-llm", "billm"])
+def test_raised_damping_is_logged_with_the_names_of_the_layers(
+    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_hessian(monkeypatch, 1.0, -0.02)  # least eigenvalue 1 - 63 * 0.02 = -0.26
+    quantize(make_model(), make_batches(), method)
+    raised = [
+        text for text in caplog.messages if "Cholesky failed with damping 0.1, trying" in text
+    ]
+    layers = {text.partition(": ")[0] for text in raised}
+    assert layers == {"the inputs of 'body.first'", "the inputs of 'body.second'"}

@@ -17,6 +17,7 @@ from bivlm_edge.quant.levels import (
     GAUSSIAN_COEFFICIENTS,
     GAUSSIAN_DISTORTION,
     fit_coefficients,
+    gaussian_coefficients,
     make_levels,
 )
 from bivlm_edge.quant.linalg import output_energy
@@ -60,21 +61,45 @@ def relative_error(weight: Tensor, packed: BinaryWeight, metric: Tensor) -> floa
     return error / output_energy(weight, metric)
 
 
-@pytest.mark.parametrize(
-    ("planes", "expected"), [(1, 0.3634), (2, 0.1175), (3, 0.0369), (4, 0.0114)]
-)
-def test_joint_fit_of_a_gaussian_leaves_the_known_error(planes: int, expected: float) -> None:
-    weight = gaussian(1, 400_000)
-    alpha = fit_coefficients(weight, planes)
+def error_of(alpha: Tensor, weight: Tensor) -> float:
     levels = make_levels(alpha)
     rounded = levels.values.gather(0, levels.nearest(weight.T)).T
-    error = float(((rounded - weight) ** 2).mean() / (weight**2).mean())
-    assert error == pytest.approx(expected, rel=0.01)
+    return float(((rounded - weight) ** 2).mean() / (weight**2).mean())
+
+
+KNOWN_ERRORS = (0.3634, 0.1175, 0.0369, 0.0114)  # 1 to 4 planes on a unit Gaussian
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("factors", [(1.4, 1.4), (0.75, 0.75), (1.4, 0.7)])
+def test_joint_fit_of_a_gaussian_leaves_the_known_error(
+    planes: int, factors: tuple[float, ...]
+) -> None:
+    weight = gaussian(1, 400_000)
+    expected = KNOWN_ERRORS[planes - 1]
+    start = gaussian_coefficients(weight, planes) * torch.tensor([factors[:planes]])
+    assert error_of(start, weight) > 1.1 * expected  # or a fit that does nothing would pass
+    assert error_of(fit_coefficients(weight, start), weight) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+def test_joint_fit_keeps_or_lowers_what_gaussian_coefficients_leave(planes: int) -> None:
+    weight = gaussian(1, 400_000)
+    expected = KNOWN_ERRORS[planes - 1]
     assert GAUSSIAN_DISTORTION[planes] == pytest.approx(expected, rel=0.01)
+    start = gaussian_coefficients(weight, planes)
+    before = error_of(start, weight)
+    after = error_of(fit_coefficients(weight, start), weight)
+    assert before == pytest.approx(expected, rel=0.02)  # four planes: 1.8 % above the optimum
+    assert after == pytest.approx(expected, rel=0.01)
+    assert after <= before
+    far = error_of(start * 1.3, weight)
+    back = error_of(fit_coefficients(weight, start * 1.3), weight)
+    assert back - expected < 0.3 * (far - expected)
 
 
 def test_two_planes_reach_the_lloyd_max_levels() -> None:
-    alpha = fit_coefficients(gaussian(1, 400_000), 2)
+    alpha = fit_coefficients(gaussian(1, 400_000), torch.tensor([[1.4, 0.4]]))
     torch.testing.assert_close(
         alpha, torch.tensor([GAUSSIAN_COEFFICIENTS[1]]), rtol=0.01, atol=0
     )  # sampling error of 400,000 draws
@@ -82,7 +107,7 @@ def test_two_planes_reach_the_lloyd_max_levels() -> None:
 
 def test_rows_of_zeros_and_constants_are_fitted() -> None:
     weight = torch.stack([torch.zeros(64), torch.full((64,), -0.25)])
-    alpha = fit_coefficients(weight, 2)
+    alpha = fit_coefficients(weight, gaussian_coefficients(weight, 2))
     assert torch.isfinite(alpha).all()
     levels = make_levels(alpha)
     rounded = levels.values.gather(0, levels.nearest(weight.T)).T
@@ -159,6 +184,14 @@ def problem_and_weight(n: int, k: int, variant: Variant) -> tuple[StoredProblem,
     return problem, weight, metric
 
 
+def decoded(packed: BinaryWeight, problem: StoredProblem) -> Tensor:
+    """The packed weight in the columns of `problem`, (columns, n)."""
+    stored = torch.from_numpy(packed.decode().T.copy())
+    if len(set(packed.plane_columns)) == 1:
+        stored = stored[torch.from_numpy(problem.permutation)]
+    return stored[: len(problem.weight_t)]
+
+
 @pytest.mark.parametrize(
     ("n", "k", "variant", "bits"),
     [
@@ -183,10 +216,7 @@ def test_packed_weight_is_what_the_transformed_problem_was_rounded_to(
     error = relative_error(weight, packed, metric)
     assert error < 0.2  # one plane leaves at most 0.3634 of a Gaussian, before compensation
     # the same error, computed in the stored coordinates
-    stored = torch.from_numpy(packed.decode().T.copy())
-    if len(set(packed.plane_columns)) == 1:
-        stored = stored[torch.from_numpy(problem.permutation)]
-    stored = stored[: len(problem.weight_t)]
+    stored = decoded(packed, problem)
     undamped = problem.hessian - 0.01 * torch.eye(len(problem.hessian))
     in_stored = loss(stored, problem.weight_t, undamped) / loss(
         torch.zeros_like(stored), problem.weight_t, undamped
@@ -379,8 +409,30 @@ def test_without_refit_or_descent_the_hessian_loss_is_larger() -> None:
         )
 
     complete = error()
-    for stage in ("refit", "descent", "act-order"):
+    for stage in ("joint-fit", "compensation", "refit", "descent", "act-order"):
         assert error(stage) > complete, stage
+
+
+def test_without_joint_fit_and_compensation_rounding_is_to_the_levels_of_a_gaussian() -> None:
+    [problem] = transform_problems(siblings((48,)), Variant(0, "none"), seed=0)
+    plan = best_plan([problem], int(2.2 * 48 * 256 / 8))
+    assert plan is not None
+    assert plan.plane_columns == (256, 256)
+
+    def rounded(*without: str) -> Tensor:
+        packed = quantize_planes(problem, plan, without=("refit", "descent", *without))
+        return decoded(packed, problem)
+
+    weights = torch.empty(256)
+    weights[problem.visit] = (1 / problem.factor.diagonal()).float()
+    start = gaussian_coefficients(problem.weight_t.T, 2, weights)
+    stored = make_levels(start.half().float()).values
+    nearest = stored.gather(0, make_levels(start).nearest(problem.weight_t))
+    assert torch.equal(rounded("joint-fit", "compensation"), nearest)
+    compensated = rounded("joint-fit")
+    assert not torch.equal(compensated, nearest)
+    assert torch.equal(compensated.amax(dim=0), stored[-1])
+    assert not torch.equal(rounded("compensation").amax(dim=0), stored[-1])
 
 
 def test_budget_is_never_exceeded_whatever_the_shape() -> None:

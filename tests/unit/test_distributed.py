@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from bivlm_edge import distributed
 from bivlm_edge.calibration.capture import FixedWeights, walk
@@ -38,6 +40,80 @@ def load_chain() -> Any:
     return module
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj, self.o_proj = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.o_proj((self.q_proj(x) @ x.mT).softmax(dim=-1) @ self.v_proj(x))
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = Attention()
+        self.mlp = nn.Linear(64, 64)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x: Tensor = hidden_states + self.self_attn(hidden_states)
+        return x + self.mlp(x).relu()
+
+
+class Words(nn.Module):
+    """A decoder, to which token 3 stands for image features."""
+
+    config = SimpleNamespace(image_token_id=3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(30, 64)
+        self.blocks = nn.ModuleList([AttentionBlock() for _ in range(2)])
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.embed_tokens(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class WordsModel:
+    """Stands in for models.VisionLanguageModel."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module = Words().eval().requires_grad_(False)
+
+    def block_sequences(self) -> list[Any]:
+        blocks = [(f"blocks.{i}", block) for i, block in enumerate(self.module.blocks)]
+        return [SimpleNamespace(name="decoder", blocks=blocks)]
+
+
+def mean_weights() -> dict[str, Any]:
+    """Mean token weights of VLMQ, by layer; the batches have 0 to 4 image tokens."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for images in range(5):
+        ids = torch.randint(4, 30, (2, 9), generator=generator)
+        ids[:, :images] = 3
+        batches.append({"input_ids": ids})
+    config = QuantConfig(method="gptq", bits=2, importance="vlmq")
+    return quantize_model(WordsModel(), batches, config).modalities
+
+
+def resume(folder: Path) -> tuple[list[str], dict[str, bytes]]:
+    """What a second start does after the first was stopped, and what is there in the end."""
+    chain = load_chain()
+    batches = chain.make_batches(5)
+    stop = chain.stop_at("blocks.1.left")
+    with pytest.raises(chain.Stopped):
+        quantize_model(chain.ChainModel(), batches, CONFIG, stop, folder)
+    done: list[str] = []
+    model = chain.ChainModel()
+    result = quantize_model(model, batches, CONFIG, lambda name, *_: done.append(name), folder)
+    return done, chain.contents(model, result)
+
+
 def measure(folder: Path) -> dict[str, Any]:
     """What one process finds of everything that all must agree on."""
     chain, team = load_chain(), distributed.current()
@@ -54,7 +130,11 @@ def measure(folder: Path) -> dict[str, Any]:
                 [m.hessian.flatten().tolist(), m.mean.tolist(), m.rows, m.weight] for m in moments
             ]
     result = quantize_model(model, batches, CONFIG, work_folder=folder)
+    done, resumed = resume(folder.with_name(f"{folder.name}-resumed"))
     return {
+        "mean weights": mean_weights(),
+        "done again": done,
+        "resumed is the same": resumed == chain.contents(model, result),
         "statistics": statistics,
         "errors": [report.output_error for report in result.reports],
         "planes": [report.planes for report in result.reports],
@@ -134,6 +214,14 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
                 np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10 * scale)
             assert ours[2] == theirs[2]
             assert ours[3] == pytest.approx(theirs[3], rel=1e-10)
+    assert found[0]["mean weights"].keys() == alone["mean weights"].keys()
+    for name, (text, image) in alone["mean weights"].items():
+        assert found[0]["mean weights"][name] == pytest.approx([text, image], rel=1e-3)
+        assert (text != image) == ("blocks.1" in name)  # before the first layer all weigh alike
+    for one in (found[0], alone):
+        assert one["resumed is the same"]
+        layers = ("left", "right", "out")
+        assert one["done again"] == [f"blocks.{i}.{name}" for i in (1, 2) for name in layers]
     assert found[0]["planes"] == alone["planes"]
     assert found[0]["bytes"] == alone["bytes"]
     np.testing.assert_allclose(found[0]["errors"], alone["errors"], rtol=1e-3)

@@ -144,7 +144,7 @@ def test_damping_grows_with_a_log_line_until_the_factorization_succeeds(
     matrix[0, 1] = matrix[1, 0] = 1.05  # eigenvalue -0.05
     with caplog.at_level(logging.WARNING):
         upper = inverse_factor(matrix)
-    assert "trying 0.1" in caplog.text
+    assert "a Hessian: Cholesky failed with damping 0.01, trying 0.1" in caplog.text
     expected = torch.linalg.inv(damped(matrix, 0.1))
     torch.testing.assert_close(upper.T @ upper, expected, rtol=1e-9, atol=1e-9)
 

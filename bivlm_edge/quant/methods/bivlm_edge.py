@@ -12,6 +12,8 @@ Stages that can be switched off, and what takes their place:
     hadamard         no variant is rotated
     prefix           columns stay where they are and differ by one plane at most
     model-budget     layers with the same input have --bits to themselves
+    joint-fit        coefficients are those of a Gaussian of the row's weighted mean square
+    compensation     columns are rounded to the nearest level, errors stay where they are made
     act-order        columns are rounded in the order in which they are stored
     refit            coefficients stay as fitted to the weights, before rounding
     descent          signs stay as the compensated rounding leaves them
@@ -30,7 +32,12 @@ from torch import Tensor
 
 from bivlm_edge.errors import RequestError
 from bivlm_edge.quant.allocation import Plan, best_plan, plan_bytes, variants
-from bivlm_edge.quant.levels import fit_coefficients, make_levels
+from bivlm_edge.quant.levels import (
+    Levels,
+    fit_coefficients,
+    gaussian_coefficients,
+    make_levels,
+)
 from bivlm_edge.quant.linalg import compensate, output_energy
 from bivlm_edge.quant.options import LayerOptions
 from bivlm_edge.quant.packed import (
@@ -59,6 +66,8 @@ STAGES = (
     "hadamard",
     "prefix",
     "model-budget",
+    "joint-fit",
+    "compensation",
     "act-order",
     "refit",
     "descent",
@@ -137,7 +146,7 @@ def quantize_planes(
         for group in plane_classes(plan.plane_columns)
         if group.start < columns
     ]
-    assignment = _assign(problem, classes, _initial(problem, classes))
+    assignment = _assign(problem, classes, _initial(problem, classes, without), without)
     for step in range(rounds):
         if "refit" not in without:
             assignment.alpha = refit(assignment, problem.weight_t, problem.hessian)
@@ -148,7 +157,9 @@ def quantize_planes(
     return _pack(problem, plan, assignment)
 
 
-def _initial(problem: StoredProblem, classes: Sequence[PlaneClass]) -> Tensor:
+def _initial(
+    problem: StoredProblem, classes: Sequence[PlaneClass], without: Collection[str]
+) -> Tensor:
     """Coefficients that fit each class of columns by itself, columns weighted by 1 / U_jj."""
     weights = torch.empty(len(problem.visit))
     weights[problem.visit] = (1 / problem.factor.diagonal()).float()
@@ -156,13 +167,35 @@ def _initial(problem: StoredProblem, classes: Sequence[PlaneClass]) -> Tensor:
     for group in classes:
         columns = slice(group.start, group.stop)
         weight = problem.weight_t[columns].T.contiguous()
-        parts.append(fit_coefficients(weight, group.planes, weights[columns]))
+        alpha = gaussian_coefficients(weight, group.planes, weights[columns])
+        if "joint-fit" not in without:
+            alpha = fit_coefficients(weight, alpha, weights[columns])
+        parts.append(alpha)
     return torch.cat(parts, dim=1)
 
 
-def _assign(problem: StoredProblem, classes: Sequence[PlaneClass], alpha: Tensor) -> Assignment:
+def _assign(
+    problem: StoredProblem,
+    classes: Sequence[PlaneClass],
+    alpha: Tensor,
+    without: Collection[str],
+) -> Assignment:
     """Codes by compensated rounding with fixed coefficients."""
     levels = [make_levels(alpha[:, group.slot : group.slot + group.planes]) for group in classes]
+    targets = problem.weight_t
+    if "compensation" not in without:
+        targets = _compensated(problem, classes, levels)
+    codes = [
+        table.nearest_codes(targets[group.start : group.stop])
+        for group, table in zip(classes, levels, strict=True)
+    ]
+    return Assignment(classes, torch.cat(codes), alpha)
+
+
+def _compensated(
+    problem: StoredProblem, classes: Sequence[PlaneClass], levels: Sequence[Levels]
+) -> Tensor:
+    """The weight rounded in the order of `visit`, each error pushed onto the columns to come."""
     tables = [
         table
         for group, table in zip(classes, levels, strict=True)
@@ -175,11 +208,7 @@ def _assign(problem: StoredProblem, classes: Sequence[PlaneClass], alpha: Tensor
         problem.factor,
         lambda position, column: visited[position].round(column),
     )
-    codes = [
-        table.nearest_codes(rounded[group.start : group.stop])
-        for group, table in zip(classes, levels, strict=True)
-    ]
-    return Assignment(classes, torch.cat(codes), alpha)
+    return rounded
 
 
 def _pack(problem: StoredProblem, plan: Plan, assignment: Assignment) -> BinaryWeight:

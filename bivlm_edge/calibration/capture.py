@@ -11,28 +11,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from bivlm_edge.calibration.calls import Batch, Blocks, Call, Stopped, advance, capture_all
 from bivlm_edge.calibration.moments import ALONE, InputStatistics, StatisticsCollector
-from bivlm_edge.calibration.precision import exact_products, fast_products
+from bivlm_edge.calibration.precision import exact_products
 from bivlm_edge.distributed import Team
-from bivlm_edge.errors import DataError, UnsupportedModelError
+from bivlm_edge.errors import DataError
 
-Batch = Mapping[str, Tensor]
 TokenWeights = Mapping[str, Sequence[Tensor]]
-LABELS = "labels"
-IGNORED = -100  # the label of positions that predict no answer
 _PLAIN = ""  # no layer has this name
-
-
-class Blocks(Protocol):
-    """What the walk needs of `models.BlockSequence`."""
-
-    @property
-    def name(self) -> str:
-        """Name of the part: vision, projector or decoder."""
-
-    @property
-    def blocks(self) -> Sequence[tuple[str, nn.Module]]:
-        """Dotted names and modules, each run on the output of the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,47 +49,6 @@ class LayerGroup:
         """Statistics of a layer with its token weights, or with all rows alike without any."""
         weighted = self.weighted.get(name)
         return self.inputs if weighted is None else weighted
-
-
-@dataclass(slots=True)
-class Call:
-    """One block's arguments for one batch; the hidden states are exchanged from block to block."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden states that the block takes."""
-        value = self.args[0] if self.args else self.kwargs.get("hidden_states")
-        if not isinstance(value, Tensor):
-            raise UnsupportedModelError(
-                "a block of this model does not take its hidden states as first argument or as "
-                "'hidden_states', so it cannot be calibrated block by block."
-            )
-        return value
-
-    def run(self, block: nn.Module, *, exact: bool = False) -> Tensor:
-        """Return the hidden states that the block makes of them, in their type.
-
-        Unless `exact`, matrix products are `fast_products`: averages over thousands of tokens do
-        not feel the rounding of each.
-        """
-        with nullcontext() if exact else fast_products():
-            return output_hidden(block(*self.args, **self.kwargs), self.hidden.dtype)
-
-    def replace_hidden(self, hidden: Tensor) -> None:
-        """Exchange the hidden states, all other arguments stay."""
-        if self.args:
-            self.args = (hidden, *self.args[1:])
-        else:
-            self.kwargs["hidden_states"] = hidden
-
-
-def output_hidden(output: Any, dtype: torch.dtype) -> Tensor:
-    """The hidden states among what a block returns."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden.to(dtype)
 
 
 class Weighting(Protocol):
@@ -163,10 +108,6 @@ class Reference(Protocol):
         """Go on behind the block."""
 
 
-class Stopped(Exception):  # noqa: N818 - control flow, not an error
-    """Everything wanted of this forward pass has been seen."""
-
-
 def walk(
     module: nn.Module,
     sequences: Sequence[Blocks],
@@ -211,7 +152,7 @@ def walk(
     for sequence in sequences:
         if not sequence.blocks:
             continue
-        calls = [capture(module, sequence.blocks[0][1], batch) for batch in batches]
+        calls = capture_all(module, sequence.blocks, batches)
         last = sequence.blocks[-1][0]
         for name, block in sequence.blocks:
             with held(name) if held else nullcontext():
@@ -236,35 +177,6 @@ def walk(
                     advance(block, calls)
                     if reference is not None:
                         reference.advance(block)
-
-
-@torch.no_grad()
-def capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
-    """The arguments with which the model calls `block`; nothing behind it runs."""
-    captured: list[Call] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.append(Call(args, dict(kwargs)))
-        raise Stopped
-
-    handle = block.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-    try:
-        with suppress(Stopped):
-            module(**{key: value for key, value in batch.items() if key != LABELS})
-    finally:
-        handle.remove()
-    if not captured:
-        raise UnsupportedModelError(
-            f"the calibration inputs never reach a {type(block).__name__} block. Each sample needs "
-            "an image and a text."
-        )
-    call = captured[0]
-    for cache in ("past_key_values", "past_key_value"):  # a cache would grow with every rerun
-        if cache in call.kwargs:
-            call.kwargs[cache] = None
-    if "use_cache" in call.kwargs:
-        call.kwargs["use_cache"] = False
-    return call
 
 
 def _shared_inputs(
@@ -381,7 +293,7 @@ class _Measurement:
                 with suppress(Stopped):
                     hidden = call.run(self._block)
                     if self._frozen:
-                        call.replace_hidden(hidden)
+                        call.go_on(hidden)
         finally:
             for handle in handles:
                 handle.remove()
@@ -466,10 +378,3 @@ def _check_finite(rows: Tensor, name: str, batch: int) -> None:
             f"({bad} of {len(rows)} tokens). Check the samples of this batch, and that the "
             "checkpoint's layers before this one are sound."
         )
-
-
-@torch.no_grad()
-def advance(block: nn.Module, calls: Sequence[Call]) -> None:
-    """Replace each call's hidden states by the block's output."""
-    for call in calls:
-        call.replace_hidden(call.run(block))

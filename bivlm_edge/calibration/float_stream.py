@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bivlm_edge.calibration.capture import Batch, Blocks, Call, capture, output_hidden
+from bivlm_edge.calibration.calls import Batch, Blocks, Call, capture_all, output_hidden
 from bivlm_edge.calibration.precision import fast_products
 
 
@@ -28,7 +28,7 @@ class FloatStream:
         self, module: nn.Module, sequences: Sequence[Blocks], batches: Sequence[Batch]
     ) -> None:
         self._calls = {
-            sequence.name: [capture(module, sequence.blocks[0][1], batch) for batch in batches]
+            sequence.name: capture_all(module, sequence.blocks, batches)
             for sequence in sequences
             if sequence.blocks
         }
@@ -51,4 +51,4 @@ class FloatStream:
     def advance(self, block: nn.Module) -> None:
         """Go on behind the block entered last."""
         for number, call in enumerate(self._current):
-            call.replace_hidden(self.run(block, number))
+            call.go_on(self.run(block, number))

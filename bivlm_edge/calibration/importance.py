@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import IGNORED, LABELS, Batch, Blocks
+from bivlm_edge.calibration.calls import IGNORED, LABELS, Batch, Blocks
 from bivlm_edge.calibration.moments import ALONE
 from bivlm_edge.calibration.precision import fast_products
 from bivlm_edge.distributed import Team

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import Batch, Blocks, Call, Stopped, capture
+from bivlm_edge.calibration.calls import Batch, Blocks, Call, Stopped, capture
 from bivlm_edge.errors import UnsupportedModelError
 
 DECODER = "decoder"
@@ -120,7 +120,7 @@ def _factors(
     attended: list[Tensor] = []
 
     def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        attended.append(output[0] if isinstance(output, tuple) else output)
+        attended.append(output[0] if isinstance(output, tuple | list) else output)
 
     def stop(*_: Any) -> None:
         raise Stopped

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bivlm_edge import distributed
-from bivlm_edge.calibration.capture import Batch, Blocks, FixedWeights, LayerGroup, Weighting, walk
+from bivlm_edge.calibration.calls import Batch, Blocks
+from bivlm_edge.calibration.capture import FixedWeights, LayerGroup, Weighting, walk
 from bivlm_edge.calibration.float_stream import FloatStream
 from bivlm_edge.calibration.importance import token_importance
 from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bivlm_edge.calibration.calls import Batch, Blocks, Call, Stopped, advance, capture_all
 from bivlm_edge.calibration.moments import ALONE, InputStatistics, StatisticsCollector
+from bivlm_edge.calibration.place import HOME, Place
 from bivlm_edge.calibration.precision import exact_products
 from bivlm_edge.distributed import Team
 from bivlm_edge.errors import DataError
@@ -117,6 +118,7 @@ def walk(
     held: Callable[[str], AbstractContextManager[None]] | None = None,
     reference: Reference | None = None,
     team: Team = ALONE,
+    place: Place = HOME,
     *,
     frozen: bool = False,
 ) -> Iterator[LayerGroup]:
@@ -141,6 +143,8 @@ def walk(
             `Moments.cross`.
         team: The processes that walk together, `batches` being this one's share; statistics are
             those of all batches.
+        place: Where blocks run and statistics are added up. Hidden states and arguments of all
+            batches are there, and a block's weights while it runs; what is yielded is not.
         frozen: Whoever consumes the iterator changes nothing, so that one run of a block measures
             all its groups; statistics with all rows alike are left out where all layers of a group
             have token weights.
@@ -153,17 +157,23 @@ def walk(
         if not sequence.blocks:
             continue
         calls = capture_all(module, sequence.blocks, batches)
+        place.bring(calls)
         last = sequence.blocks[-1][0]
         for name, block in sequence.blocks:
             with held(name) if held else nullcontext():
                 prefix = f"{name}." if name else ""
-                weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
-                if reference is not None:
-                    reference.enter(sequence.name, block)
-                measure = _Measurement(block, calls, weights, reference, team, count, frozen=frozen)
+                weights: TokenWeights = {}
+                with place.holding(block):
+                    if weighting is not None:
+                        weights = weighting.weigh(sequence.name, name, block, calls)
+                    if reference is not None:
+                        reference.enter(sequence.name, block)
+                    shared = _shared_inputs(block, calls, team)
+                measure = _Measurement(
+                    block, calls, weights, reference, team, place, count, frozen=frozen
+                )
                 named = [
-                    {prefix + local: layer for local, layer in layers.items()}
-                    for layers in _shared_inputs(block, calls, team)
+                    {prefix + local: layer for local, layer in layers.items()} for layers in shared
                 ]
                 if frozen:
                     wanted = [layers for layers in named if not (restore and restore(layers))]
@@ -174,9 +184,10 @@ def walk(
                     if restore is None or not restore(layers):
                         yield LayerGroup(sequence.name, layers, *measure.run([layers])[0])
                 if name != last:
-                    advance(block, calls)
-                    if reference is not None:
-                        reference.advance(block)
+                    with place.holding(block):
+                        advance(block, calls)
+                        if reference is not None:
+                            reference.advance(block)
 
 
 def _shared_inputs(
@@ -263,11 +274,12 @@ class _Measurement:
         weights: TokenWeights,
         reference: Reference | None,
         team: Team,
+        place: Place,
         count: int,
         *,
         frozen: bool,
     ) -> None:
-        self._block, self._calls, self._weights = block, calls, weights
+        self._block, self._calls, self._weights, self._place = block, calls, weights, place
         self._reference, self._team, self._count, self._frozen = reference, team, count, frozen
         self._numbers = team.numbers(len(calls))  # of this process's batches among all
         self._current = 0
@@ -286,14 +298,15 @@ class _Measurement:
             for layers, found in zip(groups, collectors, strict=True)
         ]
         try:
-            for number, call in enumerate(self._calls):
-                self._current = number
-                if self._reference is not None:
-                    self._original = self._input_in(self._reference, groups[0])
-                with suppress(Stopped):
-                    hidden = call.run(self._block)
-                    if self._frozen:
-                        call.go_on(hidden)
+            with self._place.holding(self._block):
+                for number, call in enumerate(self._calls):
+                    self._current = number
+                    if self._reference is not None:
+                        self._original = self._input_in(self._reference, groups[0])
+                    with suppress(Stopped):
+                        hidden = call.run(self._block)
+                        if self._frozen:
+                            call.go_on(hidden)
         finally:
             for handle in handles:
                 handle.remove()
@@ -317,6 +330,7 @@ class _Measurement:
                 k,
                 self._count,
                 self._team,
+                self._place.device,
                 crossed=self._reference is not None and not (name == _PLAIN and only_judges),
             )
             for name in names
@@ -352,7 +366,9 @@ class _Measurement:
             _check_finite(rows, next(iter(layers)), number)
             with exact_products():
                 for name, collector in collectors.items():
-                    weights = None if name == _PLAIN else self._weights[name][self._current]
+                    weights = None
+                    if name != _PLAIN:
+                        weights = self._place.moved(self._weights[name][self._current])
                     original = self._original if collector.crossed else None
                     collector.add(rows, number, weights, original)
             if not self._frozen:

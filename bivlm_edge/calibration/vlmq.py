@@ -79,9 +79,10 @@ class VlmqWeighting:
         local, attention = _attention(name, block)
         found: dict[str, list[Tensor]] = {}
         for number, call in enumerate(calls):
-            factors, self._hidden[number] = _factors(block, attention, call, self._hidden[number])
+            reference = self._hidden[number].to(call.hidden.device)
+            factors, self._hidden[number] = _factors(block, attention, call, reference)
             for layer, rows in factors.items():
-                found.setdefault(f"{prefix}{local}.{layer}", []).append(rows**2)
+                found.setdefault(f"{prefix}{local}.{layer}", []).append((rows**2).cpu())
         for layer, weights in found.items():
             self._modalities[layer] = self._by_modality(torch.cat(weights))
         return found

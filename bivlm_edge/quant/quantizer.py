@@ -17,6 +17,7 @@ from bivlm_edge.calibration.calls import Batch, Blocks
 from bivlm_edge.calibration.capture import FixedWeights, LayerGroup, Weighting, walk
 from bivlm_edge.calibration.float_stream import FloatStream
 from bivlm_edge.calibration.importance import token_importance
+from bivlm_edge.calibration.place import HOME, Place, find_place
 from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.distributed import Team
@@ -142,8 +143,8 @@ def quantize_model(
             config, everything found there is taken over, and the result is the same bit by bit.
 
     Raises:
-        RequestError: no batches, the budget is below one plane per layer, or the work folder
-            belongs to another run.
+        RequestError: no batches, no such device, the budget is below one plane per layer, or the
+            work folder belongs to another run.
         CheckpointError: a weight holds NaN or infinity.
         DataError: the calibration data make NaN or infinity in a layer's input, or a Hessian that
             no damping makes positive definite.
@@ -156,7 +157,7 @@ def quantize_model(
         raise RequestError("there are no calibration batches. Give at least one.")
     streamed: StreamedBlocks | None = getattr(vlm, "streamed", None)
     held = streamed.held if streamed else None
-    team = distributed.current()
+    team, place = distributed.current(), find_place(config.device)
     work = _open_work_folder(work_folder, vlm.module, streamed, batches, config, team)
     batches = team.share(batches)
     _check_weights(vlm.module, streamed, result.skipped)
@@ -166,11 +167,20 @@ def quantize_model(
     plans: Mapping[str, Plan] = {}
     if config.token_weights == "loss":
         with streamed.recomputing() if streamed else nullcontext():
-            weighting = _fixed_weights(vlm, sequences, batches, config, work, team)
+            whole = HOME if streamed else place
+            weighting = _fixed_weights(vlm, sequences, batches, config, work, team, whole)
     needs = methods.declaration(config.method).needs
     if "budget" in needs and "model-budget" not in config.without:
         walk_once = partial(
-            walk, vlm.module, sequences, batches, weighting, held=held, team=team, frozen=True
+            walk,
+            vlm.module,
+            sequences,
+            batches,
+            weighting,
+            held=held,
+            team=team,
+            place=place,
+            frozen=True,
         )
         plans = plan_planes(walk_once, result.skipped, config, work)
     if config.token_weights == "vlmq":
@@ -179,7 +189,7 @@ def quantize_model(
         )
 
     propagates = "propagation" in needs and "propagation" not in config.without
-    reference = FloatStream(vlm.module, sequences, batches) if propagates else None
+    reference = FloatStream(vlm.module, sequences, batches, place) if propagates else None
 
     def restore(layers: Mapping[str, nn.Linear]) -> bool:
         names = [name for name in layers if name not in result.skipped]
@@ -194,7 +204,9 @@ def quantize_model(
             for name in names:
                 streamed.keep(name, result.weights[name], layers[name].bias)
 
-    for group in walk(vlm.module, sequences, batches, weighting, restore, held, reference, team):
+    for group in walk(
+        vlm.module, sequences, batches, weighting, restore, held, reference, team, place
+    ):
         names = [name for name in group.layers if name not in result.skipped]
         if progress is not None:
             for done, name in enumerate(names, start=len(result.weights)):
@@ -311,6 +323,7 @@ def _fixed_weights(
     config: QuantConfig,
     work: WorkFolder,
     team: Team,
+    place: Place,
 ) -> FixedWeights:
     """Token weights of all layers, from the work folder if they are there.
 
@@ -323,7 +336,7 @@ def _fixed_weights(
             for name, lengths in found.values.items()
         }
         return FixedWeights(split)
-    weights = token_importance(vlm.module, sequences, batches, config.seed, team)
+    weights = token_importance(vlm.module, sequences, batches, config.seed, team, place)
     if team.size == 1:
         work.save(
             "importance",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 import typer
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
+from bivlm_edge import distributed
 from bivlm_edge.calibration import precision
 from bivlm_edge.calibration.capture import walk
 from bivlm_edge.calibration.place import HOME, Place, find_place
@@ -240,3 +242,21 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RequestError, match="process 2 of this machine has no GPU of its own"):
         find_place("cuda")
     assert find_place("cpu") is HOME
+
+
+def test_moments_on_gpus_are_summed_over_nccl_and_all_else_over_gloo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[str] = []
+    chosen: list[torch.device] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backends, **_: started.append(backends))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for place in (HOME, Place(torch.device("cuda", 1))):
+        with distributed.joined(place.device):
+            pass
+    assert chosen == [torch.device("cuda", 1)]
+    assert started[0] == "gloo"
+    by_device = dist.BackendConfig(dist.Backend(started[1])).get_device_backend_map()
+    assert by_device == {"cpu": "gloo", "cuda": "nccl"}

@@ -13,6 +13,7 @@ from bivlm_edge.quant import methods
 
 Grid = Literal["minmax", "lloyd"]
 Importance = Literal["none", "vlmq", "loss"]
+Device = Literal["cpu", "cuda"]
 Tuning = Literal["none", "blocks", "end-to-end", "both"]
 PruneMode = Literal["mmr", "maxmin", "topk_score", "dpp", "coverage", "uniform", "random"]
 PruneScore = Literal["attention", "distance", "norm", "text", "last-token", "none"]
@@ -25,6 +26,7 @@ METHODS = (*methods.names(), "none")
 GRIDS: tuple[str, ...] = get_args(Grid)
 IMPORTANCES: tuple[str, ...] = get_args(Importance)
 STAGES = methods.declaration("bivlm-edge").stages
+DEVICES: tuple[str, ...] = get_args(Device)
 TUNINGS: tuple[str, ...] = get_args(Tuning)
 PRUNE_MODES: tuple[str, ...] = get_args(PruneMode)
 PRUNE_SCORES: tuple[str, ...] = get_args(PruneScore)
@@ -133,6 +135,8 @@ class QuantConfig:
         importance: How much each token counts in the Hessians: `none`, all alike; `vlmq`, by the
             gradient of each attention block's error; `loss`, by that of the answer. None: the
             method's own, `loss` for `bivlm-edge`, `none` for all others.
+        device: Where calibration inputs run through the model, one of DEVICES; all else runs on
+            the processor.
         without: Names of STAGES that are switched off; kept sorted.
         tune: How coefficients, norms and biases are trained on the calibration samples after
             quantization: each block towards the outputs of the float block, all of them towards
@@ -152,6 +156,7 @@ class QuantConfig:
     n_uns: int = 5
     paper_exact: bool = False
     importance: str | None = None
+    device: Device = "cpu"
     without: Collection[str] = ()
     tune: Tuning = "none"
     tune_signs: bool = False
@@ -172,6 +177,7 @@ class QuantConfig:
                 f"calibration needs at least one sample, got {self.calibration_samples}."
             )
         _require_choice("--grid", self.grid, GRIDS)
+        _require_choice("--device", self.device, DEVICES)
         if not 1 <= self.n_uns <= 6:
             raise RequestError(
                 f"--n-uns {self.n_uns} is outside 1 to 6, the numbers of unsalient groups that "

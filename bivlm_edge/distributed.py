@@ -1,8 +1,9 @@
 """Several processes on one quantization: who takes which batches and rows, and what they exchange.
 
-Started by `torchrun --nproc-per-node N -m bivlm_edge.cli.export ...`; everything is on the CPU, so
-the processes talk over gloo. Batches are divided for calibration and rows of a weight for solving;
-all else every process computes alike, from sums that are the same bit by bit everywhere.
+Started by `torchrun --nproc-per-node N -m bivlm_edge.cli.export ...`. Tensors on the CPU go over
+gloo; with `--device cuda` moments are summed between the GPUs over NCCL. Batches are divided for
+calibration and rows of a weight for solving; all else every process computes alike, from sums that
+are the same bit by bit everywhere.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from bivlm_edge.errors import RequestError
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 _FAILED = "bivlm-edge failed"
 _PATIENCE = datetime.timedelta(hours=12)  # the first process writes alone at the end
 EXIT_PEER_FAILED = 1
@@ -128,15 +130,22 @@ def current() -> Team:
 
 
 @contextmanager
-def joined() -> Iterator[Team]:
+def joined(device: torch.device = _CPU) -> Iterator[Team]:
     """Inside, the processes that torchrun started are a team. The first error ends them all.
 
     Only the process that fails first lets its error through; all others end silently.
+
+    Args:
+        device: On which this process has moments to sum; other tensors are on the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team()
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    backends = "gloo"
+    if device != _CPU:
+        torch.cuda.set_device(device)
+        backends = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backends, timeout=_PATIENCE)
     team = current()
     if team.rank:
         logging.getLogger("bivlm_edge").setLevel(logging.ERROR)  # the first process says it
@@ -156,5 +165,5 @@ def _is_first_to_fail(rank: int) -> bool:
     store = dist.distributed_c10d._get_default_store()
     try:
         return bool(store.compare_set(_FAILED, "", str(rank)) == str(rank).encode())
-    except RuntimeError:  # the store is gone with the process that kept it
-        return True
+    except RuntimeError:  # the store is gone with the first process, which kept it and has ended
+        return rank == 0

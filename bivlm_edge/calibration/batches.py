@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bivlm_edge.calibration.capture import IGNORED, LABELS
+from bivlm_edge.calibration.calls import IGNORED, LABELS
 from bivlm_edge.datasets import (
     CALIBRATION_SPLIT,
     DATA_SETS,

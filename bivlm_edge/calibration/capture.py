@@ -11,28 +11,23 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from bivlm_edge.calibration.calls import (
+    Batch,
+    Blocks,
+    Call,
+    Stopped,
+    advance,
+    capture_all,
+    require_finite,
+)
 from bivlm_edge.calibration.moments import ALONE, InputStatistics, StatisticsCollector
-from bivlm_edge.calibration.precision import exact_products, fast_products
+from bivlm_edge.calibration.place import HOME, Place
+from bivlm_edge.calibration.precision import exact_products
 from bivlm_edge.distributed import Team
-from bivlm_edge.errors import DataError, UnsupportedModelError
+from bivlm_edge.errors import DataError
 
-Batch = Mapping[str, Tensor]
 TokenWeights = Mapping[str, Sequence[Tensor]]
-LABELS = "labels"
-IGNORED = -100  # the label of positions that predict no answer
 _PLAIN = ""  # no layer has this name
-
-
-class Blocks(Protocol):
-    """What the walk needs of `models.BlockSequence`."""
-
-    @property
-    def name(self) -> str:
-        """Name of the part: vision, projector or decoder."""
-
-    @property
-    def blocks(self) -> Sequence[tuple[str, nn.Module]]:
-        """Dotted names and modules, each run on the output of the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,47 +58,6 @@ class LayerGroup:
         """Statistics of a layer with its token weights, or with all rows alike without any."""
         weighted = self.weighted.get(name)
         return self.inputs if weighted is None else weighted
-
-
-@dataclass(slots=True)
-class Call:
-    """One block's arguments for one batch; the hidden states are exchanged from block to block."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden states that the block takes."""
-        value = self.args[0] if self.args else self.kwargs.get("hidden_states")
-        if not isinstance(value, Tensor):
-            raise UnsupportedModelError(
-                "a block of this model does not take its hidden states as first argument or as "
-                "'hidden_states', so it cannot be calibrated block by block."
-            )
-        return value
-
-    def run(self, block: nn.Module, *, exact: bool = False) -> Tensor:
-        """Return the hidden states that the block makes of them, in their type.
-
-        Unless `exact`, matrix products are `fast_products`: averages over thousands of tokens do
-        not feel the rounding of each.
-        """
-        with nullcontext() if exact else fast_products():
-            return output_hidden(block(*self.args, **self.kwargs), self.hidden.dtype)
-
-    def replace_hidden(self, hidden: Tensor) -> None:
-        """Exchange the hidden states, all other arguments stay."""
-        if self.args:
-            self.args = (hidden, *self.args[1:])
-        else:
-            self.kwargs["hidden_states"] = hidden
-
-
-def output_hidden(output: Any, dtype: torch.dtype) -> Tensor:
-    """The hidden states among what a block returns."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden.to(dtype)
 
 
 class Weighting(Protocol):
@@ -163,10 +117,6 @@ class Reference(Protocol):
         """Go on behind the block."""
 
 
-class Stopped(Exception):  # noqa: N818 - control flow, not an error
-    """Everything wanted of this forward pass has been seen."""
-
-
 def walk(
     module: nn.Module,
     sequences: Sequence[Blocks],
@@ -176,6 +126,7 @@ def walk(
     held: Callable[[str], AbstractContextManager[None]] | None = None,
     reference: Reference | None = None,
     team: Team = ALONE,
+    place: Place = HOME,
     *,
     frozen: bool = False,
 ) -> Iterator[LayerGroup]:
@@ -200,6 +151,8 @@ def walk(
             `Moments.cross`.
         team: The processes that walk together, `batches` being this one's share; statistics are
             those of all batches.
+        place: Where blocks run and statistics are added up. Hidden states and arguments of all
+            batches are there, and a block's weights while it runs; what is yielded is not.
         frozen: Whoever consumes the iterator changes nothing, so that one run of a block measures
             all its groups; statistics with all rows alike are left out where all layers of a group
             have token weights.
@@ -211,18 +164,24 @@ def walk(
     for sequence in sequences:
         if not sequence.blocks:
             continue
-        calls = [capture(module, sequence.blocks[0][1], batch) for batch in batches]
+        calls = capture_all(module, sequence.blocks, batches)
+        place.bring(calls)
         last = sequence.blocks[-1][0]
         for name, block in sequence.blocks:
             with held(name) if held else nullcontext():
                 prefix = f"{name}." if name else ""
-                weights = weighting.weigh(sequence.name, name, block, calls) if weighting else {}
-                if reference is not None:
-                    reference.enter(sequence.name, block)
-                measure = _Measurement(block, calls, weights, reference, team, count, frozen=frozen)
+                weights: TokenWeights = {}
+                with place.holding(block):
+                    if weighting is not None:
+                        weights = weighting.weigh(sequence.name, name, block, calls)
+                    if reference is not None:
+                        reference.enter(sequence.name, block)
+                    shared = _shared_inputs(block, calls, team)
+                measure = _Measurement(
+                    block, calls, weights, reference, team, place, count, frozen=frozen
+                )
                 named = [
-                    {prefix + local: layer for local, layer in layers.items()}
-                    for layers in _shared_inputs(block, calls, team)
+                    {prefix + local: layer for local, layer in layers.items()} for layers in shared
                 ]
                 if frozen:
                     wanted = [layers for layers in named if not (restore and restore(layers))]
@@ -233,38 +192,10 @@ def walk(
                     if restore is None or not restore(layers):
                         yield LayerGroup(sequence.name, layers, *measure.run([layers])[0])
                 if name != last:
-                    advance(block, calls)
-                    if reference is not None:
-                        reference.advance(block)
-
-
-@torch.no_grad()
-def capture(module: nn.Module, block: nn.Module, batch: Batch) -> Call:
-    """The arguments with which the model calls `block`; nothing behind it runs."""
-    captured: list[Call] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.append(Call(args, dict(kwargs)))
-        raise Stopped
-
-    handle = block.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-    try:
-        with suppress(Stopped):
-            module(**{key: value for key, value in batch.items() if key != LABELS})
-    finally:
-        handle.remove()
-    if not captured:
-        raise UnsupportedModelError(
-            f"the calibration inputs never reach a {type(block).__name__} block. Each sample needs "
-            "an image and a text."
-        )
-    call = captured[0]
-    for cache in ("past_key_values", "past_key_value"):  # a cache would grow with every rerun
-        if cache in call.kwargs:
-            call.kwargs[cache] = None
-    if "use_cache" in call.kwargs:
-        call.kwargs["use_cache"] = False
-    return call
+                    with place.holding(block):
+                        advance(block, calls)
+                        if reference is not None:
+                            reference.advance(block)
 
 
 def _shared_inputs(
@@ -351,11 +282,12 @@ class _Measurement:
         weights: TokenWeights,
         reference: Reference | None,
         team: Team,
+        place: Place,
         count: int,
         *,
         frozen: bool,
     ) -> None:
-        self._block, self._calls, self._weights = block, calls, weights
+        self._block, self._calls, self._weights, self._place = block, calls, weights, place
         self._reference, self._team, self._count, self._frozen = reference, team, count, frozen
         self._numbers = team.numbers(len(calls))  # of this process's batches among all
         self._current = 0
@@ -374,14 +306,15 @@ class _Measurement:
             for layers, found in zip(groups, collectors, strict=True)
         ]
         try:
-            for number, call in enumerate(self._calls):
-                self._current = number
-                if self._reference is not None:
-                    self._original = self._input_in(self._reference, groups[0])
-                with suppress(Stopped):
-                    hidden = call.run(self._block)
-                    if self._frozen:
-                        call.replace_hidden(hidden)
+            with self._place.holding(self._block):
+                for number, call in enumerate(self._calls):
+                    self._current = number
+                    if self._reference is not None:
+                        self._original = self._input_in(self._reference, groups[0])
+                    with suppress(Stopped):
+                        hidden = call.run(self._block)
+                        if self._frozen:
+                            call.go_on(hidden)
         finally:
             for handle in handles:
                 handle.remove()
@@ -405,6 +338,7 @@ class _Measurement:
                 k,
                 self._count,
                 self._team,
+                self._place.device,
                 crossed=self._reference is not None and not (name == _PLAIN and only_judges),
             )
             for name in names
@@ -437,10 +371,12 @@ class _Measurement:
             seen.add(self._current)
             number = self._numbers[self._current]
             rows = args[0].reshape(-1, args[0].shape[-1])
-            _check_finite(rows, next(iter(layers)), number)
+            require_finite(rows, "input", next(iter(layers)), number)
             with exact_products():
                 for name, collector in collectors.items():
-                    weights = None if name == _PLAIN else self._weights[name][self._current]
+                    weights = None
+                    if name != _PLAIN:
+                        weights = self._place.moved(self._weights[name][self._current])
                     original = self._original if collector.crossed else None
                     collector.add(rows, number, weights, original)
             if not self._frozen:
@@ -456,20 +392,3 @@ class _Measurement:
                 "Check the checkpoint: activations above 1e19 come from broken weights."
             )
         return _Collected(found.pop(_PLAIN, None), found)
-
-
-def _check_finite(rows: Tensor, name: str, batch: int) -> None:
-    bad = int((~torch.isfinite(rows)).any(dim=1).sum())
-    if bad:
-        raise DataError(
-            f"calibration batch {batch} makes NaN or infinity in the input of '{name}' "
-            f"({bad} of {len(rows)} tokens). Check the samples of this batch, and that the "
-            "checkpoint's layers before this one are sound."
-        )
-
-
-@torch.no_grad()
-def advance(block: nn.Module, calls: Sequence[Call]) -> None:
-    """Replace each call's hidden states by the block's output."""
-    for call in calls:
-        call.replace_hidden(call.run(block))

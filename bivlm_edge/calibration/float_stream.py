@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bivlm_edge.calibration.capture import Batch, Blocks, Call, capture, output_hidden
+from bivlm_edge.calibration.calls import Batch, Blocks, Call, capture_all, output_hidden
+from bivlm_edge.calibration.place import HOME, Place
 from bivlm_edge.calibration.precision import fast_products
 
 
@@ -22,16 +23,23 @@ class FloatStream:
         module: The whole float model.
         sequences: Its block sequences.
         batches: See `walk`.
+        place: Likewise.
     """
 
     def __init__(
-        self, module: nn.Module, sequences: Sequence[Blocks], batches: Sequence[Batch]
+        self,
+        module: nn.Module,
+        sequences: Sequence[Blocks],
+        batches: Sequence[Batch],
+        place: Place = HOME,
     ) -> None:
         self._calls = {
-            sequence.name: [capture(module, sequence.blocks[0][1], batch) for batch in batches]
+            sequence.name: capture_all(module, sequence.blocks, batches)
             for sequence in sequences
             if sequence.blocks
         }
+        for calls in self._calls.values():
+            place.bring(calls)
         self._current: list[Call] = []
         self._weights: dict[str, Tensor] = {}
 
@@ -51,4 +59,4 @@ class FloatStream:
     def advance(self, block: nn.Module) -> None:
         """Go on behind the block entered last."""
         for number, call in enumerate(self._current):
-            call.replace_hidden(self.run(block, number))
+            call.go_on(self.run(block, number))

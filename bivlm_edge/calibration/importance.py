@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import IGNORED, LABELS, Batch, Blocks
+from bivlm_edge.calibration.calls import IGNORED, LABELS, Batch, Blocks, require_finite
 from bivlm_edge.calibration.moments import ALONE
+from bivlm_edge.calibration.place import HOME, Place
 from bivlm_edge.calibration.precision import fast_products
 from bivlm_edge.distributed import Team
-from bivlm_edge.errors import DataError
 from bivlm_edge.memory import release_freed
 
 TEMPERATURE = 2.0
@@ -27,6 +27,7 @@ def token_importance(
     batches: Sequence[Batch],
     seed: int,
     team: Team = ALONE,
+    place: Place = HOME,
 ) -> dict[str, list[Tensor]]:
     """Weights of the output rows of every linear layer, from one backward pass per batch.
 
@@ -51,6 +52,7 @@ def token_importance(
         batches: See `walk`.
         seed: Seed of the directions; each batch draws its own.
         team: The processes that share the batches, `batches` being this one's.
+        place: Where the whole model runs.
 
     Returns:
         Dotted layer name -> per batch float32 (rows,), at least 20 % of the layer's mean, so that
@@ -68,11 +70,13 @@ def token_importance(
         if isinstance(layer, nn.Linear)
     }
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for number, batch in zip(team.numbers(len(batches)), batches, strict=True):
-        generator = torch.Generator().manual_seed(_BATCH_SEEDS * seed + number)
-        for name, weights in _backward(module, layers, batch, generator, number).items():
-            found[name].append(weights)
-        release_freed()
+    with place.holding(module):
+        for number, batch in zip(team.numbers(len(batches)), batches, strict=True):
+            generator = torch.Generator().manual_seed(_BATCH_SEEDS * seed + number)
+            moved = place.moved(dict(batch))
+            for name, weights in _backward(module, layers, moved, generator, number).items():
+                found[name].append(weights)
+            release_freed()
     sums = torch.zeros(len(found), 4, dtype=torch.float64)  # g, g^2, rows, incomplete layers
     for index, batches_of_rows in enumerate(found.values()):
         sums[index, 3] = float(len(batches_of_rows) != len(batches))
@@ -104,12 +108,12 @@ def _backward(
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def record(gradient: Tensor) -> None:
             rows = gradient.reshape(-1, gradient.shape[-1])
-            weights[name] = (rows.float() ** 2).mean(dim=1).sqrt()
-            _check_finite(weights[name][:, None], "gradient of the output", name, number)
+            weights[name] = (rows.float() ** 2).mean(dim=1).sqrt().cpu()
+            require_finite(weights[name][:, None], "gradient of the output", name, number)
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             rows = inputs[0].detach()
-            _check_finite(rows.reshape(-1, rows.shape[-1]), "input", name, number)
+            require_finite(rows.reshape(-1, rows.shape[-1]), "input", name, number)
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             output.register_hook(record)
@@ -125,23 +129,12 @@ def _backward(
             if logits is None:
                 return {}
             answers = _answer_logits(logits, batch.get(LABELS))
-            direction = fisher_direction(answers.detach(), generator)
-            torch.autograd.backward(answers, direction)
+            direction = fisher_direction(answers.detach().cpu(), generator)
+            torch.autograd.backward(answers, direction.to(answers.device))
     finally:
         for handle in handles:
             handle.remove()
     return weights
-
-
-def _check_finite(rows: Tensor, what: str, name: str, batch: int) -> None:
-    """Refuse what a layer has per token, (rows, values), where it is not finite."""
-    bad = int((~torch.isfinite(rows)).any(dim=1).sum())
-    if bad:
-        raise DataError(
-            f"calibration batch {batch} makes NaN or infinity in the {what} of '{name}' "
-            f"({bad} of {len(rows)} tokens). Check the samples of this batch, and that the "
-            "checkpoint is sound."
-        )
 
 
 def _answer_logits(logits: Tensor, labels: Tensor | None) -> Tensor:

@@ -58,9 +58,9 @@ class _Accumulator:
     `squares` only what is on and above the diagonal counts.
     """
 
-    def __init__(self, k: int, *, crossed: bool) -> None:
-        self.squares = torch.zeros(k, k, dtype=torch.float64)
-        self.sums = torch.zeros(k, dtype=torch.float64)
+    def __init__(self, k: int, device: torch.device | None = None, *, crossed: bool) -> None:
+        self.squares = torch.zeros(k, k, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(k, dtype=torch.float64, device=device)
         self.rows = 0
         self.weight = 0.0
         self.cross = torch.zeros_like(self.squares) if crossed else None
@@ -90,7 +90,7 @@ class _Accumulator:
         """The sums over all processes."""
         if team.size == 1:
             return self
-        counts = torch.tensor([float(self.rows), self.weight], dtype=torch.float64)
+        counts = self.sums.new_tensor([float(self.rows), self.weight])
         parts = [self.squares, self.sums, counts]
         if self.cross is not None and self.reference_sums is not None:
             parts += [self.cross, self.reference_sums]
@@ -105,15 +105,16 @@ class _Accumulator:
         return whole
 
     def finish(self) -> Moments:
+        """The averages, in the processor's memory."""
         total = self.weight if self.weight > 0 else 1.0
         squares = (self.squares.triu() + self.squares.triu(1).T) / total
         return Moments(
-            squares,
-            self.sums / total,
+            squares.cpu(),
+            (self.sums / total).cpu(),
             self.rows,
             self.weight,
-            None if self.cross is None else self.cross / total,
-            None if self.reference_sums is None else self.reference_sums / total,
+            None if self.cross is None else (self.cross / total).cpu(),
+            None if self.reference_sums is None else (self.reference_sums / total).cpu(),
         )
 
 
@@ -133,15 +134,24 @@ class StatisticsCollector:
         batches: Number of batches that will come, to all processes together; with only one
             nothing is held out.
         team: The processes that take the batches in turn.
+        device: Of the rows; sums are kept there.
         crossed: Whether every row comes with that of the float model.
     """
 
-    def __init__(self, k: int, batches: int, team: Team = ALONE, *, crossed: bool = False) -> None:
+    def __init__(
+        self,
+        k: int,
+        batches: int,
+        team: Team = ALONE,
+        device: torch.device | None = None,
+        *,
+        crossed: bool = False,
+    ) -> None:
         self.crossed = crossed
         self._batches = batches
         self._team = team
-        self._fit = _Accumulator(k, crossed=crossed)
-        self._held_out = _Accumulator(k, crossed=crossed)
+        self._fit = _Accumulator(k, device, crossed=crossed)
+        self._held_out = _Accumulator(k, device, crossed=crossed)
 
     def add(
         self,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bivlm_edge.calibration.capture import LABELS
+from bivlm_edge.calibration.calls import LABELS
 from bivlm_edge.errors import DataError, RequestError
 from bivlm_edge.texts import (
     CALIBRATION_TEXTS,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import Batch, Blocks, Call, Stopped, capture
+from bivlm_edge.calibration.calls import Batch, Blocks, Call, Stopped, capture
 from bivlm_edge.calibration.moments import ALONE
 from bivlm_edge.distributed import Team
 from bivlm_edge.errors import UnsupportedModelError
@@ -84,9 +84,10 @@ class VlmqWeighting:
         local, attention = _attention(name, block)
         found: dict[str, list[Tensor]] = {}
         for number, call in enumerate(calls):
-            factors, self._hidden[number] = _factors(block, attention, call, self._hidden[number])
+            reference = self._hidden[number].to(call.hidden.device)
+            factors, self._hidden[number] = _factors(block, attention, call, reference)
             for layer, rows in factors.items():
-                found.setdefault(f"{prefix}{local}.{layer}", []).append(rows**2)
+                found.setdefault(f"{prefix}{local}.{layer}", []).append((rows**2).cpu())
         layers = [f"{prefix}{local}.{layer}" for layer, _ in _linear_layers(attention)]
         self._modalities.update(self._by_modality(layers, found))
         return found
@@ -138,7 +139,7 @@ def _factors(
     attended: list[Tensor] = []
 
     def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        attended.append(output[0] if isinstance(output, tuple) else output)
+        attended.append(output[0] if isinstance(output, tuple | list) else output)
 
     def stop(*_: Any) -> None:
         raise Stopped

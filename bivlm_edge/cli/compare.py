@@ -22,7 +22,7 @@ from bivlm_edge.compare import plot, tables
 from bivlm_edge.compare.rows import read_rows, rows_text
 from bivlm_edge.compare.runner import Failure, Setting, run_all
 from bivlm_edge.compare.specification import FLOAT, Run, plan
-from bivlm_edge.config import METHODS
+from bivlm_edge.config import DEVICES, METHODS
 from bivlm_edge.datasets import DATA_SETS, EASY_VQA_NAME, calibrating_data
 from bivlm_edge.errors import DataError, OutputError, RequestError
 from bivlm_edge.files import write_text
@@ -117,6 +117,14 @@ def compare(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="Where calibration inputs run through the model, block by block: "
+            f"{' or '.join(DEVICES)}. cuda has not run on hardware yet.",
+        ),
+    ] = "cpu",
     threads: Annotated[
         int | None,
         typer.Option("--threads", help="Threads of torch.", show_default="OMP_NUM_THREADS or all"),
@@ -173,8 +181,12 @@ def compare(
         budget or [DEFAULT_BUDGET],
         run or [],
         ablate=ablate,
-        defaults={"seed": seed, "calibration_samples": samples},
+        defaults={"seed": seed, "calibration_samples": samples, "device": device},
     )
+    if any(one.config.device != DEVICES[0] for one in runs):
+        from bivlm_edge.calibration.place import find_place
+
+        find_place("cuda")
     setting = _setting(
         model, data, calibration, limit, threads or _threads(), reads_text=reads_text
     )

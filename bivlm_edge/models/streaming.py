@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from bivlm_edge.calibration.calls import without_cache
 from bivlm_edge.errors import RequestError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,23 @@ class Decodable(Protocol):
 
     def dequantize(self) -> Any:
         """The weight as a numpy array, float32 (n, k)."""
+
+
+class _Transposed(Mapping[str, Tensor]):
+    """Tensors by name, some of them transposed."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], transposed: Collection[str]) -> None:
+        self._tensors, self._names = tensors, frozenset(transposed)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor.T.contiguous() if name in self._names else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class StreamedBlocks:
@@ -122,6 +140,15 @@ class StreamedBlocks:
         """The tensor of a block as the checkpoint has it, float32."""
         return self._tensors[name]
 
+    def transpose(self, layers: Collection[str]) -> None:
+        """Read the weights of layers transposed from now on.
+
+        Args:
+            layers: Dotted names of layers in the whole model; those outside the blocks are left.
+        """
+        names = {f"{name}.weight" for name in layers} & self._tensors.keys()
+        self._tensors = _Transposed(self._tensors, names)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, nothing is read: the model is traced, quantized layers have other modules."""
@@ -147,6 +174,7 @@ class StreamedBlocks:
                     if name not in self._held:
                         self._drop(name)
 
+            args, kwargs = without_cache(args, kwargs)
             return checkpoint(load_and_run, *args, use_reentrant=False, **kwargs)
 
         try:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bivlm_edge import distributed
-from bivlm_edge.calibration.capture import Batch, Blocks, FixedWeights, LayerGroup, Weighting, walk
+from bivlm_edge.calibration.calls import Batch, Blocks
+from bivlm_edge.calibration.capture import FixedWeights, LayerGroup, Weighting, walk
 from bivlm_edge.calibration.float_stream import FloatStream
 from bivlm_edge.calibration.importance import token_importance
+from bivlm_edge.calibration.place import HOME, Place, find_place
 from bivlm_edge.calibration.vlmq import ModalityWeights, VlmqWeighting
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.distributed import Team
@@ -141,8 +143,8 @@ def quantize_model(
             config, everything found there is taken over, and the result is the same bit by bit.
 
     Raises:
-        RequestError: no batches, the budget is below one plane per layer, or the work folder
-            belongs to another run.
+        RequestError: no batches, no such device, the budget is below one plane per layer, or the
+            work folder belongs to another run.
         CheckpointError: a parameter of the module holds NaN or infinity.
         DataError: the calibration data make NaN or infinity in a layer's input or in the gradient
             of its output, or a Hessian that no damping makes positive definite.
@@ -156,7 +158,7 @@ def quantize_model(
     if not batches:
         raise RequestError("there are no calibration batches. Give at least one.")
     held = streamed.held if streamed else None
-    team = distributed.current()
+    team, place = distributed.current(), find_place(config.device)
     work = _open_work_folder(work_folder, vlm.module, streamed, batches, config, team)
     batches = team.share(batches)
     sequences = vlm.block_sequences()
@@ -165,11 +167,20 @@ def quantize_model(
     plans: Mapping[str, Plan] = {}
     if config.token_weights == "loss":
         with streamed.recomputing() if streamed else nullcontext():
-            weighting = _fixed_weights(vlm, sequences, batches, config, work, team)
+            whole = HOME if streamed else place
+            weighting = _fixed_weights(vlm, sequences, batches, config, work, team, whole)
     needs = methods.declaration(config.method).needs
     if "budget" in needs and "model-budget" not in config.without:
         walk_once = partial(
-            walk, vlm.module, sequences, batches, weighting, held=held, team=team, frozen=True
+            walk,
+            vlm.module,
+            sequences,
+            batches,
+            weighting,
+            held=held,
+            team=team,
+            place=place,
+            frozen=True,
         )
         plans = plan_planes(walk_once, result.skipped, config, work)
     if config.token_weights == "vlmq":
@@ -177,7 +188,7 @@ def quantize_model(
         weighting = VlmqWeighting(vlm.module, sequences, batches, vision, result.modalities, team)
 
     propagates = "propagation" in needs and "propagation" not in config.without
-    reference = FloatStream(vlm.module, sequences, batches) if propagates else None
+    reference = FloatStream(vlm.module, sequences, batches, place) if propagates else None
 
     def restore(layers: Mapping[str, nn.Linear]) -> bool:
         names = [name for name in layers if name not in result.skipped]
@@ -192,7 +203,9 @@ def quantize_model(
             for name in names:
                 streamed.keep(name, result.weights[name], layers[name].bias)
 
-    for group in walk(vlm.module, sequences, batches, weighting, restore, held, reference, team):
+    for group in walk(
+        vlm.module, sequences, batches, weighting, restore, held, reference, team, place
+    ):
         names = [name for name in group.layers if name not in result.skipped]
         if progress is not None:
             for done, name in enumerate(names, start=len(result.weights)):
@@ -305,6 +318,7 @@ def _fixed_weights(
     config: QuantConfig,
     work: WorkFolder,
     team: Team,
+    place: Place,
 ) -> FixedWeights:
     """Token weights of all layers, from the work folder if they are there.
 
@@ -317,7 +331,7 @@ def _fixed_weights(
             for name, lengths in found.values.items()
         }
         return FixedWeights(split)
-    weights = token_importance(vlm.module, sequences, batches, config.seed, team)
+    weights = token_importance(vlm.module, sequences, batches, config.seed, team, place)
     if team.size == 1:
         work.save(
             "importance",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import Batch, Blocks, Call, advance, capture
+from bivlm_edge.calibration.calls import Batch, Blocks, Call, advance, capture_all
 from bivlm_edge.calibration.precision import fast_products
 from bivlm_edge.quant.packed import BinaryWeight
 from bivlm_edge.quant.quantizer import linear_layers
@@ -69,13 +69,14 @@ def tune_blocks(
     for sequence in sequences:
         if not sequence.blocks:
             continue
-        first, first_float = (
-            model.get_submodule(sequence.blocks[0][0]) for model in (module, float_module)
-        )
         with fast_products():
             calls, float_calls = (
-                [capture(model, block, batch) for batch in (*batches, *held_out)]
-                for model, block in ((module, first), (float_module, first_float))
+                capture_all(
+                    model,
+                    [(name, model.get_submodule(name)) for name, _ in sequence.blocks],
+                    (*batches, *held_out),
+                )
+                for model in (module, float_module)
             )
         for name, block in sequence.blocks:
             tell(f"tuning {name}", len(log), blocks)

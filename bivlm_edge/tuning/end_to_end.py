@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from bivlm_edge.calibration.capture import Batch
+from bivlm_edge.calibration.calls import Batch
 from bivlm_edge.calibration.precision import fast_products
 from bivlm_edge.tuning.objective import Teacher, divergence, mean_divergence, pieces
 from bivlm_edge.tuning.trainer import State, Trainer, optimise

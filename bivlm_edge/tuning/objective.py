@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bivlm_edge.calibration.capture import IGNORED, LABELS, Batch, Stopped
+from bivlm_edge.calibration.calls import IGNORED, LABELS, Batch, Stopped
 from bivlm_edge.calibration.precision import compute_dtype, fast_products
 from bivlm_edge.errors import UnsupportedModelError
 

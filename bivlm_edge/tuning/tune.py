@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bivlm_edge.calibration.batches import drawn_indices
-from bivlm_edge.calibration.capture import Batch
+from bivlm_edge.calibration.calls import Batch
 from bivlm_edge.calibration.precision import compute_dtype
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.datasets import VqaItem

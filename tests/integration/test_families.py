@@ -13,6 +13,8 @@ import pytest
 import torch
 from random_checkpoints import ARCHITECTURES, save_checkpoint  # type: ignore[import-not-found]
 
+from bivlm_edge.calibration import precision
+from bivlm_edge.calibration.calls import advance, capture, capture_all
 from bivlm_edge.config import ExportConfig, PruneConfig, QuantConfig
 from bivlm_edge.datasets import VqaItem
 from bivlm_edge.export.exporter import export_model
@@ -53,6 +55,26 @@ def test_export_agrees_with_torch(
         ids = answerer.prompts.encode(item.question, picture)
         assert ids.tolist() == vlm.encode(vlm.prompt(item.question))
         np.testing.assert_allclose(picture.pixels[0], vlm.pixels(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_calibration_runs_every_block_as_the_model_does(
+    architecture: str,
+    pictures: list[VqaItem],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "compute_dtype", lambda: torch.float32)
+    vlm = load_checkpoint(save_checkpoint(architecture, tmp_path))
+    batch = vlm.prepare(pictures[0].image.open(), pictures[0].question, pictures[0].answer)
+    for sequence in vlm.block_sequences():
+        *others, (_, last) = sequence.blocks
+        [call] = capture_all(vlm.module, sequence.blocks, [batch])
+        for _, block in others:
+            advance(block, [call])
+        expected = capture(vlm.module, last, batch)
+        # the same functions of the same numbers; attention in windows may add up in another order
+        torch.testing.assert_close(call.hidden, expected.hidden, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["llava, CLIP and Llama", "llava-onevision", "qwen2.5-vl"])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from bivlm_edge.calibration import precision
-from bivlm_edge.calibration.capture import Call, FixedWeights, _shared_inputs, walk
+from bivlm_edge.calibration.calls import Call
+from bivlm_edge.calibration.capture import FixedWeights, _shared_inputs, walk
 from bivlm_edge.calibration.float_stream import FloatStream
 from bivlm_edge.calibration.importance import TEMPERATURE, fisher_direction, token_importance
 from bivlm_edge.calibration.moments import StatisticsCollector, is_held_out
@@ -211,7 +212,8 @@ def test_frozen_walk_measures_the_same_in_one_run_of_each_block() -> None:
     frozen = list(walk(module, sequences[2:], batches, weights, frozen=True))
     for handle in handles:
         handle.remove()
-    assert runs.count(sequences[2].blocks[0][1]) == 1 + len(batches)  # one finds the groups
+    # one shows the form of its output, one finds the groups
+    assert runs.count(sequences[2].blocks[0][1]) == 2 + len(batches)
     for group, one in zip(frozen, walk(module, sequences[2:], batches, weights), strict=True):
         assert list(group.layers) == list(one.layers)
         assert group.plain is None

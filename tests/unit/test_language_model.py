@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.errors import CheckpointError, RequestError, UnsupportedModelError
-from bivlm_edge.models import language_model
 from bivlm_edge.models.language_model import (
     SMOLLM2,
     LanguageModel,
@@ -77,45 +76,14 @@ def test_conversation_alternates_roles(tmp_path: Path) -> None:
     assert model.render(["a", "b", "c"]) == "<user>a<assistant>b<user>c"
 
 
-def test_decoder_without_layers_is_refused(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2, n_positions=32)
-    folder = save(tmp_path, transformers.GPT2LMHeadModel(config))
-    with pytest.raises(UnsupportedModelError, match="has no list named 'layers'"):
-        load_model(folder)
-
-
 def test_experts_outside_linear_layers_are_refused(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
     folder = save(tmp_path, transformers.MixtralForCausalLM(config))
-    with pytest.raises(UnsupportedModelError, match=r"outside nn\.Linear, which would stay float"):
-        load_model(folder)
-
-
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("Gemma3", {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]}),
-        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}),
-    ],
-)
-def test_blocks_with_masks_of_their_own_are_refused(
-    family: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    module = getattr(transformers, f"{family}ForCausalLM")
-    folder = save(tmp_path, module(module.config_class(**SIZES, **options)))
     with pytest.raises(
-        UnsupportedModelError, match=r"differ in their attention \(full_attention, sliding_att"
+        UnsupportedModelError,
+        match=r"model\.layers\.0\.mlp\.\S+ of .* outside nn\.Linear, which would stay float",
     ):
         load_model(folder)
-
-
-def test_one_window_is_accepted_and_one_of_a_single_block_refused() -> None:
-    config = transformers.MistralConfig(**SIZES, sliding_window=8)
-    module = transformers.MistralForCausalLM(config)
-    language_model._check_blocks("x", module)
-    module.model.layers[1].self_attn.sliding_window = 16
-    with pytest.raises(UnsupportedModelError, match="full attention, window of 16 tokens"):
-        language_model._check_blocks("x", module)
 
 
 def test_encoder_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from bivlm_edge.calibration.capture import Call
+from bivlm_edge.calibration.calls import Call
 from bivlm_edge.calibration.vlmq import VlmqWeighting
 from bivlm_edge.config import STAGES, QuantConfig
 from bivlm_edge.errors import RequestError

@@ -83,15 +83,24 @@ class Model:
             max_new_tokens: Longest answer; None: the manifest's.
 
         Raises:
-            RequestError: The file prunes nothing, or max_new_tokens < 1.
+            RequestError: The file prunes nothing, or has a rule that keeps a number of tokens of
+                its own of each picture, or max_new_tokens < 1.
             BundleError: It does not load.
             OpsLibraryError: The operator library is missing: other selectors exist only there.
         """
         self.session = load(path, threads=threads)
         manifest = self.session.manifest
         self._graph = PruneGraph(self.session.paths)
+        prune = manifest.config.get("prune", {})
+        if rule := prune.get("keep_rule"):
+            raise RequestError(
+                f"'{self.session.paths.graph}' was exported with --keep-rule {rule}, which keeps "
+                "fewer tokens of easy pictures than it is asked for, so that no number of tokens "
+                "can be tested. Export the model without --keep-rule to analyse it; bivlm-eval "
+                "measures the rule."
+            )
         # the layers before the pruning show the question what is dropped
-        self._is_inside = bool(manifest.config.get("prune", {}).get("layer"))
+        self._is_inside = bool(prune.get("layer"))
         self.mode = self._graph.mode
         self.image_tokens = manifest.image_tokens
         self._limit = manifest.max_new_tokens if max_new_tokens is None else max_new_tokens

@@ -291,6 +291,25 @@ def test_a_model_given_twice_or_without_pruning_is_refused(
     assert "Export the model with --keep-tokens" in found.stderr
 
 
+def test_an_export_that_keeps_a_number_of_its_own_of_each_picture_is_refused(
+    pruned_export: BundlePaths, tmp_path: Path
+) -> None:
+    ruled = tmp_path / "ruled"
+    shutil.copytree(pruned_export.graph.parent, ruled)
+    path = BundlePaths(ruled / "model.onnx").assets / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    prune = {**manifest["config"]["prune"], "keep_rule": "mass:0.5"}
+    assert manifest["config"]["prune"]["keep_rule"] is None
+    manifest["config"]["prune"] = prune
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    found = _invoke(
+        ruled / "model.onnx", "--data", "easy-vqa", "--limit", 30, "--output", tmp_path, *QUICK
+    )
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert "was exported with --keep-rule mass:0.5" in found.stderr
+    assert "Export the model without --keep-rule to analyse it" in found.stderr
+
+
 def test_a_selector_that_the_file_has_no_inputs_for_is_refused(
     pruned_export: BundlePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:

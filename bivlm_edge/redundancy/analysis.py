@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bivlm_edge.redundancy import statistics
@@ -17,6 +17,7 @@ from bivlm_edge.redundancy.plan import (
     TEXT,
     Run,
     Setting,
+    tenth,
 )
 from bivlm_edge.redundancy.questions import Questions
 
@@ -163,16 +164,19 @@ def controls(
 
 
 def _conclude(result: Result) -> None:
-    """Fill in what random selection makes of each K*, and the best selector."""
+    """Fill in what random selection makes of each K*, who beats which baseline, and the best."""
     modes = result["modes"]
     random = modes.get(RANDOM)
     for mode, summary in modes.items():
         compares = random is not None and mode != RANDOM
         k_star = summary["k_star"]
         summary["method_value"] = random["k_star"] / k_star if compares and k_star > 0 else None
-        # as many tokens as random selection fails with, or fewer
-        failed = -1 if random is None or random["k_failed"] is None else random["k_failed"]
-        summary["beats_random"] = k_star <= failed if compares else None
+        for name in BASELINES:
+            is_judged = name in modes and mode not in (name, RANDOM)
+            # as many tokens as the baseline fails with, or fewer
+            failed = modes[name]["k_failed"] if is_judged else None
+            fewer = k_star <= (-1 if failed is None else failed)
+            summary[f"beats_{name}"] = fewer if is_judged else None
     order = sorted(modes, key=lambda mode: mode != result["own_mode"])  # stable: as asked for
     best = min(
         [mode for mode in order if mode != RANDOM] or order,
@@ -187,7 +191,28 @@ def _conclude(result: Result) -> None:
 
 
 def _verdict(result: Result) -> tuple[str, str]:
-    """The word and the sentence; what is claimed is what the runs bear out."""
+    """The word and the sentences; what is claimed is what the runs bear out."""
+    modes, own, best = result["modes"], result["own_mode"], result["mode"]
+    judged = own if own in modes and own != RANDOM else best
+    against = [name for name in BASELINES if modes[judged][f"beats_{name}"] is not None]
+    differences = _at_a_tenth(result, judged, against)
+    verdict, claim = _need(result, judged)
+    if verdict == REDUNDANT and against:
+        by_need = any(modes[judged][f"beats_{name}"] for name in against)
+        at_tenth = any(minus["interval"][0] > 0 for minus in differences.values())
+        if not (by_need or at_tenth):
+            verdict = SELECTOR_ADDS_NOTHING
+            claim += f" {judged} adds nothing: it needs no fewer than {' or '.join(against)}."
+    said = [
+        _not_better(judged, name, tenth(result["image_tokens"]), minus)
+        for name, minus in differences.items()
+        if minus["interval"][0] <= 0
+    ]
+    return verdict, " ".join([claim, *said])
+
+
+def _need(result: Result, judged: str) -> tuple[str, str]:
+    """What K* says; `judged` is the selector whose worth is asked for."""
     tokens, best, k_star = result["image_tokens"], result["mode"], result["k_star"]
     points = f"{100 * result['tolerance']:g} point{'s' * (result['tolerance'] != 0.01)}"
     if k_star == tokens:
@@ -209,17 +234,31 @@ def _verdict(result: Result) -> tuple[str, str]:
     ]
     if result["gain"] <= result["tolerance"]:
         said.append(f"but the picture itself adds only {100 * result['gain']:.2f} points")
-    modes, own = result["modes"], result["own_mode"]
-    if RANDOM not in modes or best == RANDOM:
+    modes = result["modes"]
+    if RANDOM in modes and best != RANDOM:
+        said.append(f"random selection needs {modes[RANDOM]['k_star']}")
+    else:
         said.append("random selection was not compared with")
-        return REDUNDANT, f"{'; '.join(said)}."
-    said.append(f"random selection needs {modes[RANDOM]['k_star']}")
-    judged = own if own in modes and own != RANDOM else best
     if judged != best:
-        said.append(f"the file's own {own} needs {modes[own]['k_star']}")
-    if modes[judged]["beats_random"]:
-        return REDUNDANT, f"{'; '.join(said)}."
-    return SELECTOR_ADDS_NOTHING, f"{'; '.join(said)}: {judged} adds nothing."
+        said.append(f"the file's own {judged} needs {modes[judged]['k_star']}")
+    return REDUNDANT, f"{'; '.join(said)}."
+
+
+def _at_a_tenth(result: Result, judged: str, against: Sequence[str]) -> dict[str, Result]:
+    """How far above each baseline a selector is at a tenth of the tokens, if that was tested."""
+    kept = tenth(result["image_tokens"])
+    of = [point for point in result["curves"][judged] if point["kept"] == kept]
+    found = {name: point[f"minus_{name}"] for point in of for name in against}
+    return {name: minus for name, minus in found.items() if minus is not None}
+
+
+def _not_better(judged: str, name: str, kept: int, minus: Result) -> str:
+    low, high = minus["interval"]
+    word = "is worse than" if high < 0 else "is not told apart from"
+    return (
+        f"At {kept} tokens {judged} {word} {name} ({100 * minus['mean']:+.2f} points, "
+        f"{100 * low:+.2f} to {100 * high:+.2f}): the selector adds nothing over it there."
+    )
 
 
 def not_used(result: Result) -> str:

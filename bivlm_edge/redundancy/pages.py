@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bivlm_edge.redundancy.analysis import IMAGE_NOT_USED
+from bivlm_edge.redundancy.analysis import IMAGE_NOT_USED, SELECTOR_ADDS_NOTHING
 from bivlm_edge.redundancy.plan import BASELINES, TEXT
 from bivlm_edge.report import human_bytes
 
@@ -226,7 +226,7 @@ def _against_random(summary: Mapping[str, Any]) -> str:
         return "-"
     value = summary["method_value"]
     text = "-" if value is None else f"{value:.2f}"
-    return text if summary["beats_random"] else f"{text} (adds nothing)"
+    return text if summary["beats_random"] else f"{text} (no fewer)"
 
 
 def _points(value: float) -> str:
@@ -295,7 +295,10 @@ K* is the smallest number of image tokens such that it and every larger tested n
 neighbours were tested down to 2 % of all tokens. Gain is (accuracy - accuracy without image) / \
 (accuracy with all tokens - accuracy without image), area its mean over log2 of 1 to all tokens. \
 "Changed" are answers other than those with all tokens. `random` draws other tokens for every \
-picture and seed. The verdict {IMAGE_NOT_USED} means that the gain over no image and over another \
-picture, whichever is better, is not above 0 (one-sided 95 % bootstrap over pictures). Margins are \
-the larger of sqrt(share of discordant questions / n) and that with pictures as clusters, times \
-1.645, and never below that of no failure in n trials."""
+picture and seed. A selector is judged by `random` and `uniform`: it beats one of them if its K* \
+is no more than a number of tokens that this one failed with, or if at a tenth of all tokens the \
+95 % interval of its accuracy minus that of this one lies above 0. If it beats neither either way, \
+the verdict is {SELECTOR_ADDS_NOTHING}. The verdict {IMAGE_NOT_USED} means that the gain over no \
+image and over another picture, whichever is better, is not above 0 (one-sided 95 % bootstrap over \
+pictures). Margins are the larger of sqrt(share of discordant questions / n) and that with \
+pictures as clusters, times 1.645, and never below that of no failure in n trials."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,13 +85,20 @@ class Setting:
     def grid(self, image_tokens: int) -> list[int]:
         """Return the numbers of tokens that every selector is tested at: falling, all to 0.
 
+        A search has a tenth of all tokens among them, where selectors are told apart.
+
         Raises:
             RequestError: One of `also` is not below `image_tokens`.
         """
         whole = grid(image_tokens, self.also)
         if self.searches:
-            return whole
+            return sorted({*whole, tenth(image_tokens)}, reverse=True)
         return [kept for kept in whole if kept in (image_tokens, 0, *self.also)]
+
+
+def tenth(image_tokens: int) -> int:
+    """Return a tenth of the tokens, rounded up as TokenPrune does."""
+    return math.ceil(image_tokens / 10)
 
 
 def grid(image_tokens: int, also: Sequence[int] = ()) -> list[int]:

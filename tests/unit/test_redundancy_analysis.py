@@ -118,7 +118,8 @@ def test_controls_gain_and_curve() -> None:
     # 1 and 2: nothing, 4 and 8: half, 16 .. 64: all; trapezoids over six steps
     area = (0 + 0.25 + 0.5 + 0.75 + 1 + 1) / 6
     assert result["modes"]["mmr"]["area"] == pytest.approx(area)
-    assert [point["kept"] for point in result["question_tokens"]] == [0, 1, 2, 4, 8, 16, 32, 64]
+    tested = [0, 1, 2, 4, 7, 8, 16, 32, 64]
+    assert [point["kept"] for point in result["question_tokens"]] == tested
     assert result["question_tokens"][-2]["accuracy"] == 0.25
 
 
@@ -136,11 +137,49 @@ def test_without_a_search_the_numbers_asked_for_alone_are_tested() -> None:
 def test_a_selector_that_is_no_better_than_chance_is_told_so() -> None:
     result, _ = _analyse(_needs(mmr=1, random=1))
     assert result["verdict"] == analysis.SELECTOR_ADDS_NOTHING
-    assert result["message"].endswith("random selection needs 11: mmr adds nothing.")
+    assert (
+        "random selection needs 11. mmr adds nothing: it needs no fewer than random."
+        in (result["message"])
+    )
+    assert result["message"].endswith(
+        "At 7 tokens mmr is not told apart from random (+0.00 points, -0.12 to +0.12): the "
+        "selector adds nothing over it there."
+    )
     assert result["modes"]["mmr"]["beats_random"] is False
     result, _ = _analyse(_needs(mmr=2, random=1))
     assert result["verdict"] == analysis.SELECTOR_ADDS_NOTHING
     assert result["method_value"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("of_mmr", "of_uniform", "verdict", "said"),
+    [
+        # fewer are needed, and a tenth shows it
+        ((3, 11), (9, 33), analysis.REDUNDANT, None),
+        # fewer are needed, and a tenth does not show it
+        ((3, 11), (3, 33), analysis.REDUNDANT, "is not told apart from uniform (+0.00 points"),
+        # a tenth shows it alone
+        ((3, 30), (9, 30), analysis.REDUNDANT, None),
+        ((9, 30), (9, 30), analysis.SELECTOR_ADDS_NOTHING, "is not told apart from uniform"),
+        ((9, 30), (3, 20), analysis.SELECTOR_ADDS_NOTHING, "is worse than uniform (-37.50 points"),
+        # more than all tokens: nothing passes
+        ((9, 65), (9, 65), analysis.ALL_TOKENS_NEEDED, "is not told apart from uniform"),
+    ],
+)
+def test_a_selector_is_judged_by_what_it_needs_and_at_a_tenth(
+    of_mmr: tuple[int, int], of_uniform: tuple[int, int], verdict: str, said: str | None
+) -> None:
+    needs = {"mmr": of_mmr, "uniform": of_uniform, TEXT: (TOKENS, TOKENS)}
+    result, _ = _analyse(
+        {mode: dict(zip(KINDS, of, strict=True)) for mode, of in needs.items()}, n=1600
+    )
+    assert result["verdict"] == verdict
+    assert result["modes"]["mmr"]["beats_random"] is None
+    assert result["modes"]["mmr"]["beats_uniform"] is (of_mmr[1] < of_uniform[1])
+    if said is None:
+        assert "At 7 tokens" not in result["message"]
+    else:
+        assert f"At 7 tokens mmr {said}" in result["message"]
 
 
 def test_the_best_selector_counts_and_the_files_own_among_equals() -> None:
@@ -150,7 +189,7 @@ def test_the_best_selector_counts_and_the_files_own_among_equals() -> None:
     assert "random selection needs 33; the file's own mmr needs 22." in result["message"]
     result, _ = _analyse(_needs(uniform=1, mmr=3, random=2))
     assert (result["verdict"], result["k_star"]) == (analysis.SELECTOR_ADDS_NOTHING, 11)
-    assert "the file's own mmr needs 33: mmr adds nothing" in result["message"]
+    assert "the file's own mmr needs 33. mmr adds nothing" in result["message"]
     assert result["modes"]["uniform"]["beats_random"] is True
     result, _ = _analyse(_needs(maxmin=1, mmr=1, random=3))
     assert result["mode"] == "mmr"
@@ -250,7 +289,9 @@ def _report(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _two_reports() -> list[dict[str, Any]]:
-    costs = {kept: Cost(1.0 + kept, 1024 * kept, kept + 9) for kept in (64, 32, 16, 8, 4, 2, 1, 0)}
+    costs = {
+        kept: Cost(1.0 + kept, 1024 * kept, kept + 9) for kept in (64, 32, 16, 8, 7, 4, 2, 1, 0)
+    }
     reports = []
     for name, times in (("two_bit", 1), ("float", 2)):
         known = Known(_questions(3000), _needs(mmr=times, random=3))

@@ -106,6 +106,13 @@ def test_the_grid_halves_down_to_nothing() -> None:
             grid(64, (wrong,))
 
 
+def test_a_search_has_a_tenth_of_the_tokens() -> None:
+    assert Setting(("mmr",)).grid(256)[4:6] == [26, 16]
+    assert Setting(("mmr",)).grid(30) == [30, 15, 7, 3, 1, 0]
+    assert Setting(("mmr",)).grid(1) == [1, 0]
+    assert Setting(("mmr",), also=(9,), searches=False).grid(256) == [256, 9, 0]
+
+
 def test_random_has_a_run_for_each_seed_and_the_others_one() -> None:
     setting = Setting(("mmr", "random"), seeds=3, seed=7)
     assert setting.runs("random", 8) == [Run("random", 8, seed) for seed in (7, 8, 9)]

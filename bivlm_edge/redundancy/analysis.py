@@ -65,7 +65,9 @@ def analyse(
     full = measured(full_run)
     no_image = measured(ask(Run(NO_IMAGE, 0)))
     shuffled = measured(ask(Run(SHUFFLED, image_tokens, setting.seed)))
-    judge = Judge(questions, setting.tolerance, image_tokens, full, no_image)
+    judge = Judge(
+        questions, setting.tolerance, image_tokens, full, no_image, shuffled, setting.seed
+    )
     result: Result = {
         "image_tokens": image_tokens,
         "questions": len(questions.items),
@@ -74,7 +76,7 @@ def analyse(
         "tolerance": setting.tolerance,
         "alpha": statistics.ALPHA,
         "own_mode": own_mode,
-        **controls(questions, judge, full, no_image, shuffled, setting.seed),
+        **controls(questions, judge, full, no_image, shuffled),
         "mode": None,
         "k_star": None,
         "random_k_star": None,
@@ -99,7 +101,7 @@ def analyse(
             add(kept)
         # kinds of question make do with what the whole needs, but for what the file selects by
         for subset in judge.subsets if mode == own_mode else [ALL]:
-            while setting.searches:
+            while judge.uses_image(subset) and setting.searches:
                 middle = statistics.next_to_test(judge.bracket(points, subset), image_tokens)
                 if middle is None:
                     break
@@ -134,12 +136,9 @@ def controls(
     full: Measured,
     no_image: Measured,
     shuffled: Measured,
-    seed: int,
 ) -> Result:
     """Return what the right picture, none and another one give, and the gain of the right one."""
-    gained = statistics.gain(
-        full.correct, no_image.correct, shuffled.correct, questions.picture_of, seed
-    )
+    gained = judge.gain(ALL)
     runs = {"full": full, "no_image": no_image, "shuffled": shuffled}
     n = len(questions.items)
     accuracy = {name: float(run.correct.mean()) for name, run in runs.items()}
@@ -155,6 +154,9 @@ def controls(
             kind: {
                 "questions": len(of),
                 **{name: float(run.correct[of].mean()) for name, run in runs.items()},
+                "gain": judge.gain(kind).value,
+                "gain_low": judge.gain(kind).low,
+                "image_used": judge.uses_image(kind),
             }
             for kind, of in judge.subsets.items()
             if kind != ALL

@@ -213,7 +213,9 @@ def kind_name(kind: str) -> str:
 
 
 def _bracket(summary: Mapping[str, Any]) -> str:
-    """K*, and what failed where it was not tested one by one."""
+    """K*, and what failed where it was not tested one by one; "-" where none is claimed."""
+    if summary["k_star"] is None:
+        return "-"
     failed = summary["k_failed"]
     text = str(summary["k_star"])
     if failed is not None and failed < summary["k_star"] - 1:
@@ -300,5 +302,6 @@ is no more than a number of tokens that this one failed with, or if at a tenth o
 95 % interval of its accuracy minus that of this one lies above 0. If it beats neither either way, \
 the verdict is {SELECTOR_ADDS_NOTHING}. The verdict {IMAGE_NOT_USED} means that the gain over no \
 image and over another picture, whichever is better, is not above 0 (one-sided 95 % bootstrap over \
-pictures). Margins are the larger of sqrt(share of discordant questions / n) and that with \
-pictures as clusters, times 1.645, and never below that of no failure in n trials."""
+pictures); a kind of question of which that is so has no K* (-). Margins are the larger of \
+sqrt(share of discordant questions / n) and that with pictures as clusters, times 1.645, and never \
+below that of no failure in n trials."""

@@ -184,15 +184,17 @@ def _kind(result: Result, kind: str, axes: Any) -> None:
             style + _MARKERS[number % len(_MARKERS)],
             color=color,
             markersize=5,
-            label=f"{mode}: K* = {k_star}",
+            label=mode if k_star is None else f"{mode}: K* = {k_star}",
         )
-        axes.axvline(_place(k_star), color=color, linestyle=style, linewidth=0.8)
+        if k_star is not None:
+            axes.axvline(_place(k_star), color=color, linestyle=style, linewidth=0.8)
     own = result["kinds"][kind]
     for name, words, color, style in _LINES:
         value = own.get(name.removeprefix("accuracy_"))
         if value is not None and name != "accuracy_full":
             axes.axhline(100 * value, color=color, linestyle=style, linewidth=1, label=words)
-    axes.set_title(f"{kind_name(kind)}: {own['questions']:,} questions")
+    title = f"{kind_name(kind)}: {own['questions']:,} questions"
+    axes.set_title(title if own["image_used"] else f"{title}\npicture not used: no K*")
     axes.set_ylabel("accuracy (%)")
     axes.legend(fontsize=8, loc="lower right")
     _ticks(result, axes)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,48 @@ def test_a_kind_with_few_questions_has_the_tolerance_that_they_resolve() -> None
     assert kinds["color"]["tolerance"] == pytest.approx(expected)
     assert result["modes"]["mmr"]["tolerance"] == 0.01
     assert {kind: of["k_star"] for kind, of in kinds.items()} == NEEDS
+
+
+def test_a_kind_of_question_that_the_picture_does_not_help_has_no_k_star() -> None:
+    known = Known(_questions(3000), _needs(mmr=1, random=2))
+
+    def ask(run: Run) -> Answers:
+        """Colours are guessed, whatever the picture."""
+        whole, guessed = known.ask(run).texts, known.ask(Run(NO_IMAGE, 0)).texts
+        kinds = [item.kind for item in known.questions.items]
+        texts = (
+            g if kind == "color" else w for w, g, kind in zip(whole, guessed, kinds, strict=True)
+        )
+        return Answers(tuple(texts), run.kept + 9.0, 0.1)
+
+    setting = Setting(("mmr", RANDOM), seeds=1)
+    result = analyse(known.questions, setting, TOKENS, "mmr", ask)
+    assert (result["verdict"], result["k_star"]) == (analysis.REDUNDANT, 11)
+    assert result["kinds"]["color"]["image_used"] is False
+    assert result["kinds"]["color"]["gain"] == 0
+    assert result["kinds"]["shape"]["gain_low"] > 0.7
+    kinds = result["modes"]["mmr"]["kinds"]
+    assert kinds["color"]["k_star"] is kinds["color"]["redundancy"] is None
+    assert kinds["shape"]["k_star"] == 11
+    # nothing was sought for it: the other kind and the whole need 11
+    tested = {point["kept"] for point in result["curves"]["mmr"]}
+    assert tested == {64, 32, 16, 12, 11, 10, 8, 7, 4, 2, 1, 0}
+    report = _report(result, "two_bit")
+    (row, _) = pages.needs([report]).rows
+    assert row[-2:] == ["-", "11"]
+    assert "Margins are" in pages.markdown([report], None)
+    pytest.importorskip("matplotlib")
+    assert Image.open(io.BytesIO(plot.png([report]))).width > 1000
+
+
+def test_a_kind_of_question_on_one_picture_has_no_k_star() -> None:
+    questions = _questions(3000)
+    on_one = np.where(np.arange(3000) % 2, np.arange(3000), 0)
+    known = Known(replace(questions, picture_of=on_one), _needs(mmr=1))
+    result = analyse(known.questions, Setting(("mmr",)), TOKENS, "mmr", known.ask)
+    assert result["kinds"]["color"]["gain_low"] == -1
+    kinds = result["modes"]["mmr"]["kinds"]
+    assert (kinds["color"]["k_star"], kinds["shape"]["k_star"]) == (None, 11)
 
 
 def test_random_counts_as_the_mean_over_its_seeds() -> None:

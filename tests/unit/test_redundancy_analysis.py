@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +377,43 @@ def test_csv_holds_every_point_of_every_model() -> None:
     assert float(row["accuracy_color"]) == 1
     assert float(of_float["8"]["minus_random"]) == 0.375
     assert row["minus_uniform"] == ""
+
+
+def test_no_curve_is_under_a_legend_and_no_text_on_another() -> None:
+    pytest.importorskip("matplotlib")
+    known = Known(_questions(300), _needs(mmr=1, random=3, uniform=2, maxmin=1.5))
+    setting = Setting(("mmr", RANDOM, "uniform", "maxmin"), seeds=1, tolerance=0.1)
+    reports = []
+    for tokens in (256, 64):
+        result = analyse(
+            known.questions, setting, tokens, "mmr", known.ask,
+            lambda numbers: {number: Cost(1.0 + number, number, number) for number in numbers},
+        )  # fmt: skip
+        reports.append(_report(result, f"of {tokens}"))
+    figure = plot._figure(reports)
+    figure.draw_without_rendering()
+    panels = figure.get_axes()
+    assert len(panels) == 2 * (3 + 1 + 2)  # a second scale for the cache
+    legends = [axes.get_legend() for axes in panels if axes.get_legend() is not None]
+    assert len(legends) == 2 * (2 + 2)
+    for box in (legend.get_window_extent() for legend in legends):
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert not any(box.overlaps(axes.get_window_extent()) for axes in panels)
+    for axes in (axes for axes in panels if axes.xaxis.get_visible()):
+        labels = [label for label in axes.get_xticklabels() if label.get_text()]
+        boxes = [label.get_window_extent() for label in labels]
+        assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+    texts = [label.get_text() for label in panels[0].get_xticklabels()]
+    assert texts == ["0\n100%", "256\n0%", "64\n75%", "16\n93.8%", "4\n98.4%", "1\n99.6%"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "tokens", "text"),
+    [(0, 64, "100%"), (1, 64, "98.4%"), (1, 4096, ">99.9%"), (32, 64, "50%"), (64, 64, "0%")],
+)
+def test_all_is_pruned_where_no_token_is_kept_alone(kept: int, tokens: int, text: str) -> None:
+    assert plot._pruned(kept, tokens) == text
 
 
 def test_the_picture_can_be_drawn_with_and_without_curves() -> None:

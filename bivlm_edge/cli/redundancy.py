@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import onnxruntime as ort
 import typer
 from rich.table import Table
@@ -170,7 +171,11 @@ def run(
                 "seeds": seeds,
                 "code": code_version(ANSWER_CODE),
                 "questions_digest": questions.digest,
-                "versions": {"bivlm-edge": __version__, "onnxruntime": ort.__version__},
+                "versions": {
+                    "bivlm-edge": __version__,
+                    "onnxruntime": ort.__version__,
+                    "numpy": np.__version__,
+                },
             }
         )
     for other in results[1:]:

@@ -13,6 +13,7 @@ from bivlm_edge.redundancy.plan import (
     FULL,
     NO_IMAGE,
     RANDOM,
+    RARE_TEXT,
     SHUFFLED,
     TEXT,
     Run,
@@ -86,6 +87,7 @@ def analyse(
         "modes": {},
         "curves": {},
         "question_tokens": [],
+        "rarest_question_tokens": [],
         "costs": [],
     }
     if not result["image_used"]:
@@ -110,11 +112,12 @@ def analyse(
         baselines = {name: found[name] for name in BASELINES if name in found and name != mode}
         result["modes"][mode] = judge.summary(points, tested)
         result["curves"][mode] = judge.curve(points, baselines)
-    of_text = {image_tokens: full}
-    of_text |= {
-        kept: measured(ask(Run(TEXT, kept, setting.seed))) for kept in tested if kept < image_tokens
-    }
-    result["question_tokens"] = judge.curve(of_text, {})
+    no_question = measured(*map(ask, setting.runs(TEXT, 0)))  # whichever tokens go first
+    for name, selector in (("question_tokens", TEXT), ("rarest_question_tokens", RARE_TEXT)):
+        of_text = {image_tokens: full, 0: no_question}
+        for kept in tested[1:-1]:
+            of_text[kept] = measured(*map(ask, setting.runs(selector, kept)))
+        result[name] = judge.curve(of_text, {})
     if costs is not None:
         result["costs"] = [
             {

@@ -117,9 +117,13 @@ class Judge:
         if subset not in self._found_gains:
             of = self.subsets[subset]
             _, pictures = np.unique(self._pictures[of], return_inverse=True)
-            runs = (self._full, self._no_image, self._shuffled)
-            values = [run.correct[of] for run in runs]
-            self._found_gains[subset] = statistics.gain(*values, pictures, self._seed)
+            self._found_gains[subset] = statistics.gain(
+                self._full.correct[of],
+                self._no_image.correct[of],
+                self._shuffled.correct[of],
+                pictures,
+                self._seed,
+            )
         return self._found_gains[subset]
 
     def uses_image(self, subset: str) -> bool:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bivlm_edge.redundancy.pages import kind_name
+from bivlm_edge.redundancy.pages import QUESTION_TOKENS, kind_name
 from bivlm_edge.redundancy.plan import RANDOM
 
 Result = Mapping[str, Any]
@@ -150,14 +150,15 @@ def _gain(result: Result, axes: Any) -> None:
             ":",
             color=color,
         )
-    text = [point for point in result["question_tokens"] if point["gain"] is not None]
-    axes.plot(
-        [_place(point["kept"]) for point in text],
-        [point["gain"] for point in text],
-        "-x",
-        color="tab:gray",
-        label="question tokens dropped instead",
-    )
+    for (name, words), marker in zip(QUESTION_TOKENS.items(), "x+", strict=True):
+        text = [point for point in result[name] if point["gain"] is not None]
+        axes.plot(
+            [_place(point["kept"]) for point in text],
+            [point["gain"] for point in text],
+            f"-{marker}",
+            color="tab:gray" if marker == "x" else "black",
+            label=f"question tokens dropped, {words}",
+        )
     axes.set_ylabel("share of the gain; dotted: share of changed answers")
     axes.set_title("what the image's gain keeps")
     axes.axhline(0, color="black", linewidth=0.6)

@@ -90,8 +90,8 @@ def run(
         list[int] | None,
         typer.Option(
             "--tokens",
-            help="Also test this number of image tokens, beside all, a half, a quarter ... 1, 0; "
-            "may be repeated.",
+            help="Also test this number of image tokens, beside all, a half, a quarter ... 1, 0 "
+            "and a tenth; may be repeated.",
         ),
     ] = None,
     no_search: Annotated[

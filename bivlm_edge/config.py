@@ -379,6 +379,12 @@ class PruneConfig:
                 f"--keep-rule {self.keep_rule} needs --keep-tokens below 1, the most that it may "
                 "keep of a picture. Add e.g. --keep-tokens 0.5."
             )
+        if self.tolerance is not None:
+            raise RequestError(
+                f"--keep-rule {self.keep_rule} does not go with --keep-tokens auto, which measures "
+                "one number of tokens for all pictures. Leave the rule out, or give --keep-tokens "
+                "a fraction, the most that the rule may keep."
+            )
         if self.scores == "none":
             raise RequestError(
                 f"--keep-rule {self.keep_rule} counts scores, and --prune-mode {self.mode} has "

@@ -1,9 +1,9 @@
 """Model-local functions that compute `TokenPrune` without the operator library; see fallback.py.
 
-Values are [B, S] (rows of the batch, tokens) where nothing else is said. Norms are computed in
-float32, so a row of features whose squares overflow float32 counts as not finite; so are the
-similarities of `maxmin` and `mmr`. `dpp`, `coverage`, `first` = `farthest` and merging compare all
-tokens of a row at once, in float64: [B, S, S].
+Values are [B, S] (rows of the batch, tokens) where nothing else is said. A row of features whose
+squared norm overflows float32 counts as not finite. Similarities round as OPS.md says: `maxmin` and
+`mmr` take dots in float32 and divide them by norms in float64. `dpp`, `coverage`, `first` =
+`farthest` and merging compare all tokens of a row at once, in float64: [B, S, S].
 Values of `keep` and `segments` are not checked.
 """
 

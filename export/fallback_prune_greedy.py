@@ -57,18 +57,14 @@ def _turn_of_maxmin_or_mmr(body: FunctionBody, values: PruneValues) -> tuple[Gra
         others = body("And", values.same_segment(), body("Not", values.is_self()))
         first = body("Cast", body("Neg", values.largest(values.matrix(), others)[0]), to=_DOUBLE)
     else:
-        first = body("Cast", values.squares(), to=_DOUBLE)
-    rows = values.rows()[0]
+        first = values.squares()
 
     turn = FunctionBody(prefix="turn_")
     nearest = turn("Cast", "nearest", to=_DOUBLE)
     gain = turn("Sub", bonus, turn("Mul", nearest, _D_ONE - theta))
     gain = turn("Where", turn("Equal", "turn", 0), first, gain)
     pick, chosen = _take(turn, values, gain)
-    picked = turn("GatherND", rows, turn("Unsqueeze", pick, [2]), batch_dims=1)
-    similarity = turn("ReduceSum", turn("Mul", rows, picked), [2], keepdims=0)
-    if configuration.similarity == "dot":
-        similarity = turn("Clip", similarity, -_LARGEST, _LARGEST)
+    similarity = values.to_pick(turn, pick)
     state = [("nearest", _FLOAT, 2, turn("Max", "nearest", similarity))]
     return _loop_body(turn, chosen, state), [body("Expand", -_LARGEST, segments.shape)]
 

@@ -15,7 +15,8 @@ _BOOL, _FLOAT, _DOUBLE, _INT64 = (
     TensorProto.DOUBLE,
     TensorProto.INT64,
 )
-_ZERO, _ONE, _INF = np.array([0, 1, np.inf], dtype=np.float32)
+_ZERO, _INF = np.array([0, np.inf], dtype=np.float32)
+_LARGEST = np.float32(np.finfo(np.float32).max)
 _D_LARGEST = np.float64(np.finfo(np.float32).max)
 _D_ZERO, _D_HALF, _D_ONE, _D_INF = np.array([0, 0.5, 1, np.inf])
 
@@ -63,22 +64,25 @@ class PruneValues:
         return body("Where", finite, z, ends)
 
     def rows(self) -> tuple[str, str, str]:
-        """Append rows whose dot products are similarities, [B, S, Dm].
+        """Append what similarities are computed from.
 
         Returns:
-            The rows; bool [B, S, 1], which of them have a direction; squared norms, 0 of others.
+            Features, float32 [B, S, Dm], 0 where they have no direction; bool [B, S, 1], which of
+            them have one; squared norms, float64 [B, S, 1], 0 of others.
         """
         if self._rows is None:
             body = self.body
-            features = "metric" if self.configuration.metric else "hidden"
-            metric = body("Cast", features, to=_FLOAT)
-            squares = body("ReduceSum", body("Mul", metric, metric), [2])  # [B, S, 1]
+            metric = self._metric(_FLOAT)
+            squares = body("ReduceSum", body("Mul", metric, metric), [2])
             usable = body("And", body("Greater", squares, _ZERO), body("Less", squares, _INF))
             rows = body("Where", usable, metric, _ZERO)
-            if self.configuration.similarity == "cosine":
-                rows = body("Div", rows, body("Where", usable, body("Sqrt", squares), _ONE))
-            self._rows = rows, usable, body("Where", usable, squares, _ZERO)
+            metric = body("Where", usable, self._metric(_DOUBLE), _D_ZERO)
+            squares = body("ReduceSum", body("Mul", metric, metric), [2])
+            self._rows = rows, usable, squares
         return self._rows
+
+    def _metric(self, element: int) -> str:
+        return self.body("Cast", "metric" if self.configuration.metric else "hidden", to=element)
 
     def usable(self) -> str:
         return self.body("Squeeze", self.rows()[1], [2])
@@ -90,7 +94,29 @@ class PruneValues:
         """Append the similarity of each token to itself, float32."""
         if self.configuration.similarity == "cosine":
             return self.body("Cast", self.usable(), to=_FLOAT)
-        return self.squares()
+        return self.body("Cast", self.squares(), to=_FLOAT)
+
+    def to_pick(self, turn: FunctionBody, pick: str) -> str:
+        """Append to the body of a loop the similarities to one token of each segment.
+
+        Args:
+            turn: Of the loop; the features are appended outside of it.
+            pick: For each token, the index of that of its segment, int64 [B, S].
+
+        Returns:
+            float32 [B, S]. Products are of the features as they are, so that those of integers are
+            exact, and divided by norms in float64: what is as similar stays so.
+        """
+        rows, usable, squares = self.rows()
+        place = turn("Unsqueeze", pick, [2])
+        products = turn("Mul", rows, turn("GatherND", rows, place, batch_dims=1))
+        between = turn("ReduceSum", products, [2], keepdims=0)
+        if self.configuration.similarity == "dot":
+            return turn("Clip", between, -_LARGEST, _LARGEST)
+        norms = turn("Where", usable, squares, _D_ONE)
+        both = turn("Mul", norms, turn("GatherND", norms, place, batch_dims=1))
+        both = turn("Squeeze", turn("Sqrt", both), [2])
+        return turn("Cast", turn("Div", turn("Cast", between, to=_DOUBLE), both), to=_FLOAT)
 
     def is_self(self) -> str:
         """Append which pairs are of one token, bool [1, S, S]."""
@@ -106,14 +132,12 @@ class PruneValues:
         """Append the similarities of all tokens of a row, float32 [B, S, S]."""
         if not self._matrix:
             body = self.body
-            _, usable, _ = self.rows()
-            features = "metric" if self.configuration.metric else "hidden"
-            metric = body("Where", usable, body("Cast", features, to=_DOUBLE), _D_ZERO)
+            _, usable, squares = self.rows()
+            metric = body("Where", usable, self._metric(_DOUBLE), _D_ZERO)
             between = body("MatMul", metric, body("Transpose", metric, perm=[0, 2, 1]))
             if self.configuration.similarity == "cosine":
-                squares = body("ReduceSum", body("Mul", metric, metric), [2])
-                squares = body("Where", usable, squares, _D_ONE)
-                both = body("Mul", squares, body("Transpose", squares, perm=[0, 2, 1]))
+                norms = body("Where", usable, squares, _D_ONE)
+                both = body("Mul", norms, body("Transpose", norms, perm=[0, 2, 1]))
                 between = body("Div", between, body("Sqrt", both))
             else:
                 between = body("Clip", between, -_D_LARGEST, _D_LARGEST)

@@ -165,8 +165,9 @@ def single_node_model(
 def draw_prune_case(seed: int, mode: str) -> tuple[dict[str, Array | None], dict[str, Any]]:
     """Return inputs and attributes of TokenPrune for which float32 arithmetic is exact.
 
-    Features are +-2^i in 16 or 4 channels, so that norms are powers of two; scores are eighths.
-    Two of three cases have heads of scores, counts per segment, merging and the like.
+    Features are +-2^i in 16 or 4 channels, so that norms are powers of two, or integers from -3 to
+    3 in any number of channels, whose norms are not; scores are eighths. Two of three cases have
+    heads of scores, counts per segment, merging and the like.
     """
     rng = np.random.default_rng([seed, *mode.encode()])
     batch = int(rng.choice([1, 2, 3, 0], p=[0.4, 0.4, 0.15, 0.05]))
@@ -174,8 +175,13 @@ def draw_prune_case(seed: int, mode: str) -> tuple[dict[str, Array | None], dict
     dtype = np.float32 if rng.random() < 0.5 else np.float16
 
     def features(width: int) -> Array:
-        signs = rng.choice([-1.0, 1.0], (batch, tokens, width))
-        scaled: Array = signs * 2.0 ** rng.integers(-2, 3, (batch, tokens, 1))
+        scaled: Array
+        if rng.random() < 0.5:
+            width = int(rng.choice([1, 3, 8, 17, 64]))
+            scaled = rng.integers(-3, 4, (batch, tokens, width)).astype(np.float64)
+        else:
+            signs = rng.choice([-1.0, 1.0], (batch, tokens, width))
+            scaled = signs * 2.0 ** rng.integers(-2, 3, (batch, tokens, 1))
         if tokens > 5 and rng.random() < 0.5:  # duplicates
             scaled[:, tokens // 2 :] = scaled[:, : tokens - tokens // 2]
         if batch and tokens and rng.random() < 0.3:
@@ -236,8 +242,12 @@ def _draw_choices(
         shape = (batch,) if rng.random() < 0.5 else (batch, 8)
         inputs["keep"] = rng.integers(0, 12, shape)
     if rng.random() < 0.4:
-        signs = rng.choice([-1.0, 1.0], (batch, tokens, 4))
-        metric = signs * 2.0 ** rng.integers(0, 3, (batch, tokens, 1))
+        if rng.random() < 0.5:
+            width = int(rng.integers(1, 20))
+            metric = rng.integers(-3, 4, (batch, tokens, width)).astype(np.float64)
+        else:
+            signs = rng.choice([-1.0, 1.0], (batch, tokens, 4))
+            metric = signs * 2.0 ** rng.integers(0, 3, (batch, tokens, 1))
         inputs["metric"] = metric.astype(rng.choice([np.float32, np.float16, np.int8]))
     if rng.random() < 0.4:
         attributes["similarity"] = str(rng.choice(["cosine", "dot"]))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import onnxruntime as ort
 import typer
 from rich.table import Table
@@ -89,8 +90,8 @@ def run(
         list[int] | None,
         typer.Option(
             "--tokens",
-            help="Also test this number of image tokens, beside all, a half, a quarter ... 1, 0; "
-            "may be repeated.",
+            help="Also test this number of image tokens, beside all, a half, a quarter ... 1, 0 "
+            "and a tenth; may be repeated.",
         ),
     ] = None,
     no_search: Annotated[
@@ -170,7 +171,11 @@ def run(
                 "seeds": seeds,
                 "code": code_version(ANSWER_CODE),
                 "questions_digest": questions.digest,
-                "versions": {"bivlm-edge": __version__, "onnxruntime": ort.__version__},
+                "versions": {
+                    "bivlm-edge": __version__,
+                    "onnxruntime": ort.__version__,
+                    "numpy": np.__version__,
+                },
             }
         )
     for other in results[1:]:

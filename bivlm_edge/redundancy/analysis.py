@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bivlm_edge.redundancy import statistics
@@ -13,10 +13,12 @@ from bivlm_edge.redundancy.plan import (
     FULL,
     NO_IMAGE,
     RANDOM,
+    RARE_TEXT,
     SHUFFLED,
     TEXT,
     Run,
     Setting,
+    tenth,
 )
 from bivlm_edge.redundancy.questions import Questions
 
@@ -64,7 +66,9 @@ def analyse(
     full = measured(full_run)
     no_image = measured(ask(Run(NO_IMAGE, 0)))
     shuffled = measured(ask(Run(SHUFFLED, image_tokens, setting.seed)))
-    judge = Judge(questions, setting.tolerance, image_tokens, full, no_image)
+    judge = Judge(
+        questions, setting.tolerance, image_tokens, full, no_image, shuffled, setting.seed
+    )
     result: Result = {
         "image_tokens": image_tokens,
         "questions": len(questions.items),
@@ -73,7 +77,7 @@ def analyse(
         "tolerance": setting.tolerance,
         "alpha": statistics.ALPHA,
         "own_mode": own_mode,
-        **controls(questions, judge, full, no_image, shuffled, setting.seed),
+        **controls(questions, judge, full, no_image, shuffled),
         "mode": None,
         "k_star": None,
         "random_k_star": None,
@@ -83,6 +87,7 @@ def analyse(
         "modes": {},
         "curves": {},
         "question_tokens": [],
+        "rarest_question_tokens": [],
         "costs": [],
     }
     if not result["image_used"]:
@@ -98,7 +103,7 @@ def analyse(
             add(kept)
         # kinds of question make do with what the whole needs, but for what the file selects by
         for subset in judge.subsets if mode == own_mode else [ALL]:
-            while setting.searches:
+            while judge.uses_image(subset) and setting.searches:
                 middle = statistics.next_to_test(judge.bracket(points, subset), image_tokens)
                 if middle is None:
                     break
@@ -107,11 +112,12 @@ def analyse(
         baselines = {name: found[name] for name in BASELINES if name in found and name != mode}
         result["modes"][mode] = judge.summary(points, tested)
         result["curves"][mode] = judge.curve(points, baselines)
-    of_text = {image_tokens: full}
-    of_text |= {
-        kept: measured(ask(Run(TEXT, kept, setting.seed))) for kept in tested if kept < image_tokens
-    }
-    result["question_tokens"] = judge.curve(of_text, {})
+    no_question = measured(*map(ask, setting.runs(TEXT, 0)))  # whichever tokens go first
+    for name, selector in (("question_tokens", TEXT), ("rarest_question_tokens", RARE_TEXT)):
+        of_text = {image_tokens: full, 0: no_question}
+        for kept in tested[1:-1]:
+            of_text[kept] = measured(*map(ask, setting.runs(selector, kept)))
+        result[name] = judge.curve(of_text, {})
     if costs is not None:
         result["costs"] = [
             {
@@ -133,12 +139,9 @@ def controls(
     full: Measured,
     no_image: Measured,
     shuffled: Measured,
-    seed: int,
 ) -> Result:
     """Return what the right picture, none and another one give, and the gain of the right one."""
-    gained = statistics.gain(
-        full.correct, no_image.correct, shuffled.correct, questions.picture_of, seed
-    )
+    gained = judge.gain(ALL)
     runs = {"full": full, "no_image": no_image, "shuffled": shuffled}
     n = len(questions.items)
     accuracy = {name: float(run.correct.mean()) for name, run in runs.items()}
@@ -154,6 +157,9 @@ def controls(
             kind: {
                 "questions": len(of),
                 **{name: float(run.correct[of].mean()) for name, run in runs.items()},
+                "gain": judge.gain(kind).value,
+                "gain_low": judge.gain(kind).low,
+                "image_used": judge.uses_image(kind),
             }
             for kind, of in judge.subsets.items()
             if kind != ALL
@@ -163,16 +169,19 @@ def controls(
 
 
 def _conclude(result: Result) -> None:
-    """Fill in what random selection makes of each K*, and the best selector."""
+    """Fill in what random selection makes of each K*, who beats which baseline, and the best."""
     modes = result["modes"]
     random = modes.get(RANDOM)
     for mode, summary in modes.items():
         compares = random is not None and mode != RANDOM
         k_star = summary["k_star"]
         summary["method_value"] = random["k_star"] / k_star if compares and k_star > 0 else None
-        # as many tokens as random selection fails with, or fewer
-        failed = -1 if random is None or random["k_failed"] is None else random["k_failed"]
-        summary["beats_random"] = k_star <= failed if compares else None
+        for name in BASELINES:
+            is_judged = name in modes and mode not in (name, RANDOM)
+            # as many tokens as the baseline fails with, or fewer
+            failed = modes[name]["k_failed"] if is_judged else None
+            fewer = k_star <= (-1 if failed is None else failed)
+            summary[f"beats_{name}"] = fewer if is_judged else None
     order = sorted(modes, key=lambda mode: mode != result["own_mode"])  # stable: as asked for
     best = min(
         [mode for mode in order if mode != RANDOM] or order,
@@ -187,7 +196,28 @@ def _conclude(result: Result) -> None:
 
 
 def _verdict(result: Result) -> tuple[str, str]:
-    """The word and the sentence; what is claimed is what the runs bear out."""
+    """The word and the sentences; what is claimed is what the runs bear out."""
+    modes, own, best = result["modes"], result["own_mode"], result["mode"]
+    judged = own if own in modes and own != RANDOM else best
+    against = [name for name in BASELINES if modes[judged][f"beats_{name}"] is not None]
+    differences = _at_a_tenth(result, judged, against)
+    verdict, claim = _need(result, judged)
+    if verdict == REDUNDANT and against:
+        by_need = any(modes[judged][f"beats_{name}"] for name in against)
+        at_tenth = any(minus["interval"][0] > 0 for minus in differences.values())
+        if not (by_need or at_tenth):
+            verdict = SELECTOR_ADDS_NOTHING
+            claim += f" {judged} adds nothing: it needs no fewer than {' or '.join(against)}."
+    said = [
+        _not_better(judged, name, tenth(result["image_tokens"]), minus)
+        for name, minus in differences.items()
+        if minus["interval"][0] <= 0
+    ]
+    return verdict, " ".join([claim, *said])
+
+
+def _need(result: Result, judged: str) -> tuple[str, str]:
+    """What K* says; `judged` is the selector whose worth is asked for."""
     tokens, best, k_star = result["image_tokens"], result["mode"], result["k_star"]
     points = f"{100 * result['tolerance']:g} point{'s' * (result['tolerance'] != 0.01)}"
     if k_star == tokens:
@@ -209,17 +239,31 @@ def _verdict(result: Result) -> tuple[str, str]:
     ]
     if result["gain"] <= result["tolerance"]:
         said.append(f"but the picture itself adds only {100 * result['gain']:.2f} points")
-    modes, own = result["modes"], result["own_mode"]
-    if RANDOM not in modes or best == RANDOM:
+    modes = result["modes"]
+    if RANDOM in modes and best != RANDOM:
+        said.append(f"random selection needs {modes[RANDOM]['k_star']}")
+    else:
         said.append("random selection was not compared with")
-        return REDUNDANT, f"{'; '.join(said)}."
-    said.append(f"random selection needs {modes[RANDOM]['k_star']}")
-    judged = own if own in modes and own != RANDOM else best
     if judged != best:
-        said.append(f"the file's own {own} needs {modes[own]['k_star']}")
-    if modes[judged]["beats_random"]:
-        return REDUNDANT, f"{'; '.join(said)}."
-    return SELECTOR_ADDS_NOTHING, f"{'; '.join(said)}: {judged} adds nothing."
+        said.append(f"the file's own {judged} needs {modes[judged]['k_star']}")
+    return REDUNDANT, f"{'; '.join(said)}."
+
+
+def _at_a_tenth(result: Result, judged: str, against: Sequence[str]) -> dict[str, Result]:
+    """How far above each baseline a selector is at a tenth of the tokens, if that was tested."""
+    kept = tenth(result["image_tokens"])
+    of = [point for point in result["curves"][judged] if point["kept"] == kept]
+    found = {name: point[f"minus_{name}"] for point in of for name in against}
+    return {name: minus for name, minus in found.items() if minus is not None}
+
+
+def _not_better(judged: str, name: str, kept: int, minus: Result) -> str:
+    low, high = minus["interval"]
+    word = "is worse than" if high < 0 else "is not told apart from"
+    return (
+        f"At {kept} tokens {judged} {word} {name} ({100 * minus['mean']:+.2f} points, "
+        f"{100 * low:+.2f} to {100 * high:+.2f}): the selector adds nothing over it there."
+    )
 
 
 def not_used(result: Result) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bivlm_edge.errors import RequestError
-from bivlm_edge.redundancy.plan import FULL, NO_IMAGE, RANDOM, SHUFFLED, TEXT, Run
-from bivlm_edge.redundancy.questions import Questions, derangement, kept_of_question
+from bivlm_edge.redundancy.plan import FULL, NO_IMAGE, RANDOM, RARE_TEXT, SHUFFLED, TEXT, Run
+from bivlm_edge.redundancy.questions import (
+    Questions,
+    derangement,
+    kept_of_question,
+    rarest_of_question,
+    token_frequencies,
+)
 from bivlm_edge.redundancy.selectors import PruneGraph
 from bivlm_edge.runtime import Answerer, KvCache, Picture, VlmSession, greedy, load
 from bivlm_edge.runtime.generate import Step, run_step
@@ -22,6 +28,7 @@ _MOST_CACHED_BYTES = 1 << 28  # of preprocessed pictures
 _CHECKED_PICTURES = 4
 _ROUNDING = 0.05  # of logits: products of few and of many tokens round differently (OPS.md)
 _TIMED_ROUNDS = 15
+_WHOLE = (FULL, SHUFFLED, TEXT, RARE_TEXT)  # runs with all tokens of a picture
 
 Ids = NDArray[np.int64]
 Progress = Callable[[int], None]
@@ -83,15 +90,24 @@ class Model:
             max_new_tokens: Longest answer; None: the manifest's.
 
         Raises:
-            RequestError: The file prunes nothing, or max_new_tokens < 1.
+            RequestError: The file prunes nothing, or has a rule that keeps a number of tokens of
+                its own of each picture, or max_new_tokens < 1.
             BundleError: It does not load.
             OpsLibraryError: The operator library is missing: other selectors exist only there.
         """
         self.session = load(path, threads=threads)
         manifest = self.session.manifest
         self._graph = PruneGraph(self.session.paths)
+        prune = manifest.config.get("prune", {})
+        if rule := prune.get("keep_rule"):
+            raise RequestError(
+                f"'{self.session.paths.graph}' was exported with --keep-rule {rule}, which keeps "
+                "fewer tokens of easy pictures than it is asked for, so that no number of tokens "
+                "can be tested. Export the model without --keep-rule to analyse it; bivlm-eval "
+                "measures the rule."
+            )
         # the layers before the pruning show the question what is dropped
-        self._is_inside = bool(manifest.config.get("prune", {}).get("layer"))
+        self._is_inside = bool(prune.get("layer"))
         self.mode = self._graph.mode
         self.image_tokens = manifest.image_tokens
         self._limit = manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -104,6 +120,7 @@ class Model:
         self._answerer = Answerer(self.session)
         self._pictures: dict[int, Picture] = {}
         self._cached_bytes = 0
+        self._frequencies: Mapping[int, int] | None = None
         self._edited: tuple[tuple[str, int], VlmSession] | None = None
 
     def answers(self, run: Run, on_progress: Progress | None = None) -> Answers:
@@ -128,7 +145,7 @@ class Model:
             by_picture[shown[picture]].append(number)
         texts = [""] * len(questions.items)
         kept = done = checked = 0
-        selects = run.selector not in (FULL, SHUFFLED, TEXT, NO_IMAGE)
+        selects = run.selector not in (*_WHOLE, NO_IMAGE)
         can_share = not (selects and self._is_inside)
         for index, numbers in enumerate(by_picture):
             if not numbers:
@@ -180,7 +197,7 @@ class Model:
 
     def _session(self, run: Run) -> VlmSession:
         """The file's own session where the selector has no say, else one with the node edited."""
-        if run.selector in (FULL, NO_IMAGE, SHUFFLED, TEXT) or (
+        if run.selector in (*_WHOLE, NO_IMAGE) or (
             run.selector == self.mode and run.selector != RANDOM
         ):
             return self.session
@@ -195,7 +212,7 @@ class Model:
         return session
 
     def _kept(self, run: Run) -> int:
-        return self.image_tokens if run.selector in (FULL, SHUFFLED, TEXT) else run.kept
+        return self.image_tokens if run.selector in _WHOLE else run.kept
 
     def _picture(self, index: int) -> Picture:
         if index in self._pictures:
@@ -208,14 +225,26 @@ class Model:
 
     def _prompt(self, run: Run, number: int, picture: Picture) -> Ids:
         question = self._questions.items[number].question
-        if run.selector != TEXT:
+        if run.selector not in (TEXT, RARE_TEXT):
             return self._answerer.prompts.encode(question, picture)
         ids, marked = self._answerer.prompts.encode_marked(question, picture)
         places = np.flatnonzero(marked)
         share = run.kept / self.image_tokens
+        if run.selector == TEXT:
+            kept = kept_of_question(len(places), share, run.seed, number)
+        else:
+            kept = rarest_of_question(ids[places], share, self._token_frequencies(picture))
         stays = ~marked
-        stays[places[kept_of_question(len(places), share, run.seed, number)]] = True
+        stays[places[kept]] = True
         return ids[stays]
+
+    def _token_frequencies(self, picture: Picture) -> Mapping[int, int]:
+        """How many of the distinct questions have a token; any picture serves the template."""
+        if self._frequencies is None:
+            questions = {item.question for item in self._questions.items}
+            encoded = (self._answerer.prompts.encode_marked(q, picture) for q in questions)
+            self._frequencies = token_frequencies(ids[marked] for ids, marked in encoded)
+        return self._frequencies
 
 
 class _Asking:

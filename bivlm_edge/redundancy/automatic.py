@@ -127,7 +127,7 @@ def choose(
 
     full, no_image = measured(full_run), measured(ask(Run(NO_IMAGE, 0)))
     shuffled = measured(ask(Run(SHUFFLED, image_tokens, seed)))
-    judge = Judge(questions, tolerance / 100, image_tokens, full, no_image)
+    judge = Judge(questions, tolerance / 100, image_tokens, full, no_image, shuffled, seed)
     account: dict[str, Any] = {
         "questions": len(questions.items),
         "pictures": len(questions.pictures),
@@ -135,7 +135,7 @@ def choose(
         "tolerance": tolerance,
         "mode": mode,
         "image_tokens": image_tokens,
-        **controls(questions, judge, full, no_image, shuffled, seed),
+        **controls(questions, judge, full, no_image, shuffled),
     }
     points = {image_tokens: full, 0: no_image}
     if account["image_used"]:

@@ -14,7 +14,7 @@ from bivlm_edge.redundancy import statistics
 from bivlm_edge.redundancy.answering import Answers
 from bivlm_edge.redundancy.plan import BASELINES
 from bivlm_edge.redundancy.questions import Questions
-from bivlm_edge.redundancy.statistics import Bracket, Difference, Values
+from bivlm_edge.redundancy.statistics import Bracket, Difference, Gain, Values
 from bivlm_edge.runtime.evaluate import Score, normalized
 
 ALL = "all"
@@ -78,6 +78,8 @@ class Judge:
         image_tokens: int,
         full: Measured,
         no_image: Measured,
+        shuffled: Measured,
+        seed: int,
     ) -> None:
         """Take the two ends of every curve.
 
@@ -87,12 +89,17 @@ class Judge:
             image_tokens: Of one image.
             full: With all of them.
             no_image: With none.
+            shuffled: With other pictures.
+            seed: Of the resampling.
         """
         self._pictures = questions.picture_of
         self._tolerance = tolerance
         self._image_tokens = image_tokens
         self._full = full
         self._no_image = no_image
+        self._shuffled = shuffled
+        self._seed = seed
+        self._found_gains: dict[str, Gain] = {}
         self.subsets: dict[str, NDArray[np.int64]] = {ALL: np.arange(len(questions.items))}
         kinds = questions.kinds
         if len(kinds) > 1:
@@ -104,6 +111,24 @@ class Judge:
             return self._tolerance
         resolved = statistics.resolvable_tolerance(len(self.subsets[subset]))
         return max(self._tolerance, resolved)
+
+    def gain(self, subset: str) -> Gain:
+        """Return what the right pictures add; computed once."""
+        if subset not in self._found_gains:
+            of = self.subsets[subset]
+            _, pictures = np.unique(self._pictures[of], return_inverse=True)
+            self._found_gains[subset] = statistics.gain(
+                self._full.correct[of],
+                self._no_image.correct[of],
+                self._shuffled.correct[of],
+                pictures,
+                self._seed,
+            )
+        return self._found_gains[subset]
+
+    def uses_image(self, subset: str) -> bool:
+        """Whether the pictures add anything, so that a number of tokens means something."""
+        return self.gain(subset).is_used
 
     def difference(self, measured: Measured, subset: str = ALL) -> Difference:
         """Return the paired difference to all tokens."""
@@ -129,7 +154,7 @@ class Judge:
         gains = self._gains(found, ALL)
         at_grid = {kept: gains[kept] for kept in tested} if gains else {}
         return {
-            **self._need(found, ALL),
+            **self._need(found, ALL),  # of a model that uses the image: K* is a number
             "tokens_for_gain": {
                 f"{share:.0%}": statistics.tokens_for(gains, share) if gains else None
                 for share in SHARES
@@ -207,9 +232,12 @@ class Judge:
         return self.difference(measured, subset).low >= -self.tolerance(subset)
 
     def _need(self, found: Mapping[int, Measured], subset: str) -> dict[str, Any]:
+        tolerance = self.tolerance(subset)
+        if not self.uses_image(subset):
+            return {"tolerance": tolerance, "k_star": None, "k_failed": None, "redundancy": None}
         bracket = self.bracket(found, subset)
         return {
-            "tolerance": self.tolerance(subset),
+            "tolerance": tolerance,
             "k_star": bracket.enough,
             "k_failed": bracket.failed if bracket.failed >= 0 else None,
             "redundancy": 1 - bracket.enough / self._image_tokens,

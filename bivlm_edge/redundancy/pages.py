@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bivlm_edge.redundancy.analysis import IMAGE_NOT_USED
-from bivlm_edge.redundancy.plan import BASELINES, TEXT
+from bivlm_edge.redundancy.analysis import IMAGE_NOT_USED, SELECTOR_ADDS_NOTHING
+from bivlm_edge.redundancy.plan import BASELINES, RARE_TEXT, TEXT
 from bivlm_edge.report import human_bytes
 
 Result = Mapping[str, Any]
@@ -18,6 +18,7 @@ _CONTROLS = (
     ("shuffled", "another picture"),
     ("question_only", "majority answer of the question"),
 )
+QUESTION_TOKENS = {"question_tokens": "at random", "rarest_question_tokens": "commonest first"}
 _KIND_NAMES = {"yes_no": "yes/no", "color": "colour"}
 
 
@@ -162,12 +163,10 @@ def curves(result: Result) -> Iterator[Sheet]:
     """The sheets of all selectors and of dropped question tokens."""
     for mode, points in result["curves"].items():
         yield curve(result, mode, points)
-    if result["question_tokens"]:
-        yield curve(
-            result,
-            "question tokens dropped at random in the same shares",
-            result["question_tokens"],
-        )
+    for name, words in QUESTION_TOKENS.items():
+        if result[name]:
+            title = f"question tokens dropped in the same shares, {words}"
+            yield curve(result, title, result[name])
 
 
 def csv_text(results: Sequence[Result]) -> str:
@@ -186,7 +185,11 @@ def csv_text(results: Sequence[Result]) -> str:
     )
     for result in results:
         of_cost = {cost["kept"]: cost for cost in result["costs"]}
-        series = {**result["curves"], TEXT: result["question_tokens"]}
+        series = {
+            **result["curves"],
+            TEXT: result["question_tokens"],
+            RARE_TEXT: result["rarest_question_tokens"],
+        }
         for name, points in series.items():
             for point in points:
                 # the costs are those of the file's own selector
@@ -213,7 +216,9 @@ def kind_name(kind: str) -> str:
 
 
 def _bracket(summary: Mapping[str, Any]) -> str:
-    """K*, and what failed where it was not tested one by one."""
+    """K*, and what failed where it was not tested one by one; "-" where none is claimed."""
+    if summary["k_star"] is None:
+        return "-"
     failed = summary["k_failed"]
     text = str(summary["k_star"])
     if failed is not None and failed < summary["k_star"] - 1:
@@ -226,7 +231,7 @@ def _against_random(summary: Mapping[str, Any]) -> str:
         return "-"
     value = summary["method_value"]
     text = "-" if value is None else f"{value:.2f}"
-    return text if summary["beats_random"] else f"{text} (adds nothing)"
+    return text if summary["beats_random"] else f"{text} (no fewer)"
 
 
 def _points(value: float) -> str:
@@ -294,8 +299,14 @@ _EXPLANATION = f"""\
 K* is the smallest number of image tokens such that it and every larger tested number pass; its \
 neighbours were tested down to 2 % of all tokens. Gain is (accuracy - accuracy without image) / \
 (accuracy with all tokens - accuracy without image), area its mean over log2 of 1 to all tokens. \
-"Changed" are answers other than those with all tokens. `random` draws other tokens for every \
-picture and seed. The verdict {IMAGE_NOT_USED} means that the gain over no image and over another \
-picture, whichever is better, is not above 0 (one-sided 95 % bootstrap over pictures). Margins are \
-the larger of sqrt(share of discordant questions / n) and that with pictures as clusters, times \
-1.645, and never below that of no failure in n trials."""
+"Changed" are answers other than those with all tokens. Question tokens are dropped at random, or \
+those first that most of the questions asked have (the smallest inverse document frequency), with \
+all image tokens. `random` draws other tokens for every \
+picture and seed. A selector is judged by `random` and `uniform`: it beats one of them if its K* \
+is no more than a number of tokens that this one failed with, or if at a tenth of all tokens the \
+95 % interval of its accuracy minus that of this one lies above 0. If it beats neither either way, \
+the verdict is {SELECTOR_ADDS_NOTHING}. The verdict {IMAGE_NOT_USED} means that the gain over no \
+image and over another picture, whichever is better, is not above 0 (one-sided 95 % bootstrap over \
+pictures); a kind of question of which that is so has no K* (-). Margins are the larger of \
+sqrt(share of discordant questions / n) and that with pictures as clusters, times 1.645, and never \
+below that of no failure in n trials."""

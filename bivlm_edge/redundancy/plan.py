@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bivlm_edge.config import PRUNE_MODES
 from bivlm_edge.errors import RequestError
 
-FULL, NO_IMAGE, SHUFFLED, TEXT = "full", "no image", "shuffled", "question tokens"
+FULL, NO_IMAGE, SHUFFLED = "full", "no image", "shuffled"
+TEXT, RARE_TEXT = "question tokens", "rarest question tokens"
 RANDOM = "random"
 BASELINES = (RANDOM, "uniform")  # what a selector has to beat
 
@@ -19,9 +21,10 @@ class Run:
 
     Attributes:
         selector: FULL, NO_IMAGE, SHUFFLED (another picture, whole), TEXT (the picture whole, but
-            question tokens dropped at random) or a mode of TokenPrune.
-        kept: Image tokens that reach the decoder; of TEXT, the image tokens whose share of all is
-            the share of question tokens that stay.
+            question tokens dropped at random), RARE_TEXT (those that most questions have dropped
+            first) or a mode of TokenPrune.
+        kept: Image tokens that reach the decoder; of TEXT and RARE_TEXT, the image tokens whose
+            share of all is the share of question tokens that stay.
         seed: Of SHUFFLED, TEXT and `random`; the others are the same for all seeds.
     """
 
@@ -76,21 +79,28 @@ class Setting:
             raise RequestError("--no-search tests the numbers of --tokens alone. Give one or more.")
 
     def runs(self, mode: str, kept: int) -> list[Run]:
-        """Return the runs of a mode at a number of tokens."""
+        """Return the runs of a mode, TEXT or RARE_TEXT at a number of tokens."""
         if mode == RANDOM:
             return [Run(mode, kept, self.seed + number) for number in range(self.seeds)]
-        return [Run(mode, kept)]
+        return [Run(mode, kept, self.seed if mode == TEXT else 0)]
 
     def grid(self, image_tokens: int) -> list[int]:
         """Return the numbers of tokens that every selector is tested at: falling, all to 0.
+
+        A search has a tenth of all tokens among them, where selectors are told apart.
 
         Raises:
             RequestError: One of `also` is not below `image_tokens`.
         """
         whole = grid(image_tokens, self.also)
         if self.searches:
-            return whole
+            return sorted({*whole, tenth(image_tokens)}, reverse=True)
         return [kept for kept in whole if kept in (image_tokens, 0, *self.also)]
+
+
+def tenth(image_tokens: int) -> int:
+    """Return a tenth of the tokens, rounded up as TokenPrune does."""
+    return math.ceil(image_tokens / 10)
 
 
 def grid(image_tokens: int, also: Sequence[int] = ()) -> list[int]:

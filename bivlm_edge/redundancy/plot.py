@@ -7,13 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bivlm_edge.redundancy.pages import kind_name
+from bivlm_edge.redundancy.pages import QUESTION_TOKENS, kind_name
 from bivlm_edge.redundancy.plan import RANDOM
 
 Result = Mapping[str, Any]
 _MARKERS = "osD^vP*X"
 _KINDS_PER_ROW = 4
-_UPPER_HEIGHT, _LOWER_HEIGHT = 5.1, 4.1  # inches of a row of panels
+_UPPER_HEIGHT, _LOWER_HEIGHT = 6.2, 4.9  # inches of a row of panels, with their legends
+_LEGEND_BELOW = 0.62  # inches under the axes: tick texts and the axis's name are in between
+_MOST_TICKS = 8
+_NO_TOKEN = -2.0  # a step of its own to the left of one token
 _LEAST_GAIN = -0.3  # what is further below no image would flatten the rest
 _LINES = (
     ("accuracy_full", "all tokens - tolerance", "black", "--"),
@@ -25,6 +28,12 @@ _LINES = (
 
 def png(results: Sequence[Result]) -> bytes:
     """Return a PNG with a row of panels for each model and one of its kinds of question."""
+    stream = io.BytesIO()
+    _figure(results).savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def _figure(results: Sequence[Result]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -41,9 +50,7 @@ def png(results: Sequence[Result]) -> bytes:
             fontsize=12,
         )
         _draw(result, part)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return figure
 
 
 def _draw(result: Result, part: Any) -> None:
@@ -121,7 +128,7 @@ def _accuracy(result: Result, axes: Any) -> None:
         axes.axhline(100 * value, color=color, linestyle=style, linewidth=1.1, label=label)
     axes.set_ylabel("accuracy (%), 95 % bands")
     axes.set_title("how many image tokens are needed (vertical: K*)")
-    axes.legend(fontsize=9, loc="lower right")
+    _legend(axes, columns=2)
     _ticks(result, axes)
 
 
@@ -143,19 +150,20 @@ def _gain(result: Result, axes: Any) -> None:
             ":",
             color=color,
         )
-    text = [point for point in result["question_tokens"] if point["gain"] is not None]
-    axes.plot(
-        [_place(point["kept"]) for point in text],
-        [point["gain"] for point in text],
-        "-x",
-        color="tab:gray",
-        label="question tokens dropped instead",
-    )
+    for (name, words), marker in zip(QUESTION_TOKENS.items(), "x+", strict=True):
+        text = [point for point in result[name] if point["gain"] is not None]
+        axes.plot(
+            [_place(point["kept"]) for point in text],
+            [point["gain"] for point in text],
+            f"-{marker}",
+            color="tab:gray" if marker == "x" else "black",
+            label=f"question tokens dropped, {words}",
+        )
     axes.set_ylabel("share of the gain; dotted: share of changed answers")
     axes.set_title("what the image's gain keeps")
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_ylim(bottom=max(axes.get_ylim()[0], _LEAST_GAIN))
-    axes.legend(fontsize=9, loc="center right")
+    _legend(axes, columns=2)
     _ticks(result, axes)
 
 
@@ -184,23 +192,41 @@ def _kind(result: Result, kind: str, axes: Any) -> None:
             style + _MARKERS[number % len(_MARKERS)],
             color=color,
             markersize=5,
-            label=f"{mode}: K* = {k_star}",
+            label=mode if k_star is None else f"{mode}: K* = {k_star}",
         )
-        axes.axvline(_place(k_star), color=color, linestyle=style, linewidth=0.8)
+        if k_star is not None:
+            axes.axvline(_place(k_star), color=color, linestyle=style, linewidth=0.8)
     own = result["kinds"][kind]
     for name, words, color, style in _LINES:
         value = own.get(name.removeprefix("accuracy_"))
         if value is not None and name != "accuracy_full":
             axes.axhline(100 * value, color=color, linestyle=style, linewidth=1, label=words)
-    axes.set_title(f"{kind_name(kind)}: {own['questions']:,} questions")
+    title = f"{kind_name(kind)}: {own['questions']:,} questions"
+    axes.set_title(title if own["image_used"] else f"{title}\npicture not used: no K*")
     axes.set_ylabel("accuracy (%)")
-    axes.legend(fontsize=8, loc="lower right")
+    _legend(axes, columns=2)
     _ticks(result, axes)
 
 
 def _place(kept: int) -> float:
     """Log2, with a place of its own for no token."""
-    return -1.0 if kept == 0 else math.log2(kept)
+    return _NO_TOKEN if kept == 0 else math.log2(kept)
+
+
+def _legend(axes: Any, columns: int) -> None:
+    """Put it under the axes, where it hides no curve."""
+    from matplotlib.transforms import ScaledTranslation
+
+    below = ScaledTranslation(0, -_LEGEND_BELOW, axes.figure.dpi_scale_trans)
+    axes.legend(
+        fontsize=8,
+        ncols=columns,
+        loc="upper left",
+        bbox_to_anchor=(0, 0),
+        bbox_transform=axes.transAxes + below,
+        borderaxespad=0,
+        frameon=False,
+    )
 
 
 def _ticks(result: Result, axes: Any) -> None:
@@ -210,13 +236,21 @@ def _ticks(result: Result, axes: Any) -> None:
     while kept > 0:
         shown.append(kept)
         kept //= 2
-    if len(shown) > 9:  # large pictures: every other number
+    if len(shown) > _MOST_TICKS:  # large pictures: every other number
         shown = [0, *shown[1::2]]
     axes.set_xticks(
-        [_place(kept) for kept in shown], [f"{kept}\n{1 - kept / tokens:.0%}" for kept in shown]
+        [_place(kept) for kept in shown],
+        [f"{kept}\n{_pruned(kept, tokens)}" for kept in shown],
+        fontsize=8,
     )
     axes.set_xlabel("kept image tokens; below: share pruned")
     axes.grid(visible=True, alpha=0.3)
+
+
+def _pruned(kept: int, tokens: int) -> str:
+    """The share that is dropped; all of it is said of no token alone."""
+    share = f"{100 * (1 - kept / tokens):.1f}".removesuffix(".0")
+    return ">99.9%" if share == "100" and kept else f"{share}%"
 
 
 def _wrapped(text: str) -> str:

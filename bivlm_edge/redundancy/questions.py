@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +144,31 @@ def kept_of_question(length: int, share: float, seed: int, number: int) -> NDArr
         seed: Of the draw.
         number: Of the question, so that each has a draw of its own.
     """
-    count = min(length, math.ceil(length * share - 1e-6))
     order = np.random.default_rng((seed, number)).permutation(length)
-    return np.sort(order[:count])
+    return np.sort(order[: _count(length, share)])
+
+
+def token_frequencies(questions: Iterable[NDArray[np.int64]]) -> Counter[int]:
+    """Return for each token how many of the questions, int64 `[tokens]` each, have it."""
+    return Counter(token for ids in questions for token in set(ids.tolist()))
+
+
+def rarest_of_question(
+    ids: NDArray[np.int64], share: float, frequencies: Mapping[int, int]
+) -> NDArray[np.int64]:
+    """Return which tokens of a question stay: those with the largest inverse document frequency.
+
+    The score of a token is log(questions / questions that have it) (Spärck Jones, 1972): what
+    every question has says least about this one, and goes first. Ties: the earlier token stays.
+
+    Args:
+        ids: int64 `[tokens]` of the question.
+        share: Fraction that stays, rounded up as TokenPrune does.
+        frequencies: How many questions have a token; see `token_frequencies`.
+    """
+    order = np.argsort([frequencies[token] for token in ids.tolist()], kind="stable")
+    return np.sort(order[: _count(len(ids), share)])
+
+
+def _count(length: int, share: float) -> int:
+    return min(length, math.ceil(length * share - 1e-6))

@@ -94,7 +94,7 @@ class Gain:
 
     Attributes:
         value: accuracy - max(accuracy without image, accuracy with shuffled images).
-        low: One-sided lower bound at 1 - ALPHA.
+        low: One-sided lower bound at 1 - ALPHA; -1 where questions on one picture tell nothing.
     """
 
     value: float
@@ -113,7 +113,7 @@ def gain(full: Values, no_image: Values, shuffled: Values, pictures: Groups, see
         full: `[n]`, correct answers with the right pictures.
         no_image: `[n]`, with no image token.
         shuffled: `[n]`, with other pictures.
-        pictures: `[n]`, numbers 0, 1, ... of at least two pictures.
+        pictures: `[n]`, numbers 0, 1, ... of the pictures, none left out.
         seed: Of the resampling.
     """
     from scipy import stats
@@ -122,6 +122,9 @@ def gain(full: Values, no_image: Values, shuffled: Values, pictures: Groups, see
         np.bincount(pictures, weights=values).astype(np.float64)
         for values in (full, no_image, shuffled, np.ones(len(full)))
     )
+    value = float(_gain_of_sums(right, none, other, counts, axis=-1))
+    if len(counts) < 2:
+        return Gain(value, -1.0)
     found = stats.bootstrap(
         (right, none, other, counts),
         _gain_of_sums,
@@ -134,7 +137,6 @@ def gain(full: Values, no_image: Values, shuffled: Values, pictures: Groups, see
         method="percentile",
         random_state=np.random.default_rng(seed),
     )
-    value = float(_gain_of_sums(right, none, other, counts, axis=-1))
     return Gain(value, float(found.confidence_interval.low))
 
 

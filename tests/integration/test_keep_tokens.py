@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import export_reference
+from conftest import SAMPLES, export_reference
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
@@ -32,6 +31,14 @@ def float_pruned(tmp_path_factory: pytest.TempPathFactory) -> BundlePaths:
     return export_reference(tmp_path_factory.mktemp("float_pruned"), config)
 
 
+@pytest.fixture(scope="module")
+def two_bit_pruned(tmp_path_factory: pytest.TempPathFactory) -> BundlePaths:
+    """As `two_bit_export`, float16 cache and all, with the default selection of tokens."""
+    quant = QuantConfig(calibration_samples=SAMPLES)
+    config = ExportConfig(quant, PruneConfig(keep_ratio=KEPT / IMAGE_TOKENS))
+    return export_reference(tmp_path_factory.mktemp("two_bit_pruned"), config)
+
+
 def prefill(session: VlmSession, item: VqaItem) -> tuple[Step, NDArray[np.int64], KvCache]:
     answerer = Answerer(session)
     picture = answerer.picture(item.image.open())
@@ -52,14 +59,42 @@ def test_a_run_keeps_as_many_tokens_as_asked_for_and_all_text(
     assert np.count_nonzero(is_image[step.kept]) == wanted
     assert np.isin(np.flatnonzero(~is_image), step.kept).all()
     assert np.isfinite(step.logits).all()
-    assert cache.used_bytes == len(step.kept) * KvCache.bytes_per_token(session)
     assert cache.position == len(ids)
 
 
-def test_all_tokens_give_the_logits_of_the_unpruned_export_bit_by_bit(
-    float_pruned: BundlePaths, float_export: BundlePaths, pictures: list[VqaItem]
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("float_pruned", np.float32), ("two_bit_pruned", np.float16)]
+)
+def test_reported_cache_bytes_are_those_of_the_tensors_that_a_plain_run_returns(
+    name: str, dtype: type, request: pytest.FixtureRequest, pictures: list[VqaItem]
 ) -> None:
-    pruned, whole = (load(paths.graph, threads=1) for paths in (float_pruned, float_export))
+    paths: BundlePaths = request.getfixturevalue(name)
+    session = load(paths.graph, threads=1).keeping(7)
+    _, ids, cache = prefill(session, pictures[0])
+    manifest = session.manifest
+    empty = np.zeros((1, manifest.kv_heads, 0, manifest.head_dim), dtype)
+    given = {
+        "input_ids": ids[None],
+        "position_ids": np.arange(len(ids))[None],
+        "pixel_values": Answerer(session).picture(pictures[0].image.open()).pixels,
+        "keep_tokens": np.array(7),
+        **dict.fromkeys(session.past_names, empty),
+    }
+    names = [output.name for output in session.ort.get_outputs()]
+    found = dict(zip(names, session.ort.run(None, given), strict=True))
+    present = [array for output, array in found.items() if output.startswith("present.")]
+    assert len(present) == 2 * manifest.layers
+    assert {array.dtype for array in present} == {np.dtype(dtype)}
+    assert cache.used_bytes == sum(array.nbytes for array in present)
+
+
+@pytest.mark.parametrize(
+    "names", [("float_pruned", "float_export"), ("two_bit_pruned", "two_bit_export")]
+)
+def test_all_tokens_give_the_logits_of_the_unpruned_export_bit_by_bit(
+    names: tuple[str, str], request: pytest.FixtureRequest, pictures: list[VqaItem]
+) -> None:
+    pruned, whole = (load(request.getfixturevalue(name).graph, threads=1) for name in names)
     for item in pictures[:3]:
         step, _, cache = prefill(pruned.keeping(IMAGE_TOKENS), item)
         expected, _, other = prefill(whole, item)
@@ -132,11 +167,10 @@ def test_the_benchmark_measures_every_fraction(float_pruned: BundlePaths) -> Non
 
 
 def test_two_bits_with_the_default_selection_are_exported(
-    tmp_path: Path, pictures: list[VqaItem]
+    two_bit_pruned: BundlePaths, pictures: list[VqaItem]
 ) -> None:
     """Scores of rounded features break the ties of places otherwise than torch's."""
-    config = ExportConfig(QuantConfig(calibration_samples=8), PruneConfig(keep_ratio=0.25))
-    session = load(export_reference(tmp_path, config).graph, threads=1)
+    session = load(two_bit_pruned.graph, threads=1)
     step, ids, _ = prefill(session, pictures[0])
     is_image = ids == session.manifest.image_token_id
     assert np.count_nonzero(is_image[step.kept]) == KEPT

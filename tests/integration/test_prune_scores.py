@@ -271,6 +271,10 @@ def test_each_picture_keeps_what_the_rule_says(
     ("options", "message"),
     [
         ({"keep_rule": "mass:0.9"}, "--keep-rule mass:0.9 needs --keep-tokens below 1"),
+        (
+            {"keep_rule": "mass:0.9", "tolerance": 1.0},
+            "--keep-rule mass:0.9 does not go with --keep-tokens auto",
+        ),
         ({"keep_rule": "mass:1", "keep_ratio": 0.5}, "'mass:1' is no rule. Give mass:SHARE"),
         ({"keep_rule": "mass:lots", "keep_ratio": 0.5}, "'mass:lots' is no rule"),
         ({"keep_rule": "best", "keep_ratio": 0.5}, "'best' is no rule"),

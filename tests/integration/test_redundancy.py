@@ -23,7 +23,7 @@ from bivlm_edge.errors import RequestError
 from bivlm_edge.export.exporter import export_model
 from bivlm_edge.models import load_checkpoint
 from bivlm_edge.redundancy.answering import Model
-from bivlm_edge.redundancy.plan import FULL, NO_IMAGE, SHUFFLED, TEXT, Run
+from bivlm_edge.redundancy.plan import FULL, NO_IMAGE, RARE_TEXT, SHUFFLED, TEXT, Run
 from bivlm_edge.redundancy.questions import Questions, gather, spread
 from bivlm_edge.redundancy.selectors import PruneGraph
 from bivlm_edge.reference import checkpoint_path
@@ -120,6 +120,7 @@ def test_the_reference_model_uses_the_image_and_an_interrupted_analysis_goes_on(
     assert result["random_k_star"] is None
     assert 0.5 < result["accuracy_question_only"] < 0.9
     assert result["own_mode"] == "mmr"
+    assert set(result["versions"]) == {"bivlm-edge", "onnxruntime", "numpy"}
     assert json.loads((tmp_path / "redundancy.json").read_text(encoding="utf-8")) == result
     assert (tmp_path / "redundancy.csv").read_text(encoding="utf-8").startswith("model,selector")
     # nothing is left to be carried out
@@ -203,10 +204,21 @@ def test_another_picture_and_fewer_question_tokens_change_the_answers(
     model: Model, asked: Questions
 ) -> None:
     full = model.answers(Run(FULL, IMAGE_TOKENS))
-    for control in (Run(SHUFFLED, IMAGE_TOKENS), Run(TEXT, 0), Run(TEXT, 16)):
+    for control in (Run(SHUFFLED, IMAGE_TOKENS), Run(TEXT, 0), Run(RARE_TEXT, 4), Run(TEXT, 16)):
         found = model.answers(control)
         assert asked.correct(found.texts).mean() < asked.correct(full.texts).mean() - 0.1
-    assert model.answers(Run(TEXT, IMAGE_TOKENS)).texts == full.texts
+    for text in (TEXT, RARE_TEXT):
+        assert model.answers(Run(text, IMAGE_TOKENS)).texts == full.texts
+    assert model.answers(Run(RARE_TEXT, 0)).texts == model.answers(Run(TEXT, 0)).texts
+    # what few questions have stays, what most of them have goes
+    picture, image = model._picture(0), model.session.manifest.image_token_id
+    prompts = [
+        model._prompt(Run(RARE_TEXT, IMAGE_TOKENS // 2), number, picture)
+        for number in range(len(asked.items))
+    ]
+    left = {model._answerer.prompts.decode(ids[ids != image].tolist()) for ids in prompts}
+    assert "is circle present" in left
+    assert not any("the" in text.split() for text in left)
     assert found.kept_tokens < full.kept_tokens
 
 
@@ -289,6 +301,25 @@ def test_a_model_given_twice_or_without_pruning_is_refused(
     assert found.exit_code == 2
     assert "drops no image tokens" in found.stderr
     assert "Export the model with --keep-tokens" in found.stderr
+
+
+def test_an_export_that_keeps_a_number_of_its_own_of_each_picture_is_refused(
+    pruned_export: BundlePaths, tmp_path: Path
+) -> None:
+    ruled = tmp_path / "ruled"
+    shutil.copytree(pruned_export.graph.parent, ruled)
+    path = BundlePaths(ruled / "model.onnx").assets / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    prune = {**manifest["config"]["prune"], "keep_rule": "mass:0.5"}
+    assert manifest["config"]["prune"]["keep_rule"] is None
+    manifest["config"]["prune"] = prune
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    found = _invoke(
+        ruled / "model.onnx", "--data", "easy-vqa", "--limit", 30, "--output", tmp_path, *QUICK
+    )
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert "was exported with --keep-rule mass:0.5" in found.stderr
+    assert "Export the model without --keep-rule to analyse it" in found.stderr
 
 
 def test_a_selector_that_the_file_has_no_inputs_for_is_refused(

@@ -7,6 +7,7 @@ token changes the answer; `MockBundle.answer` computes the same in plain Python.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ from bivlm_edge.bundle import (
     file_record,
     write_manifest,
 )
+
+# `known_model` is imported by name: --import-mode=importlib leaves this folder off the path
+sys.path.insert(0, str(Path(__file__).parent))
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<image>", "<|user|>", "<|assistant|>")
 END, IMAGE = 1, 2

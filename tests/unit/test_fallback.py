@@ -223,6 +223,56 @@ def test_token_prune_equals_the_reference_exactly(
         np.testing.assert_array_equal(output, wanted)
 
 
+@pytest.mark.parametrize("mode", ["maxmin", "mmr"])
+def test_integers_that_are_as_similar_stay_so(
+    mode: str, make_model: Callable[..., Any], run: Callable[..., Any]
+) -> None:
+    """Norms of small integers are no float32 numbers: rows must not be divided by them."""
+    rng = np.random.default_rng(0)
+    cases = [([[2, -3, -2], [1, 3, -3], [-1, 1, 0], [2, 2, -1], [1, -1, -1]], [3, 1, 2, 5, 5])]
+    for _ in range(400):
+        tokens, width = rng.integers(4, 40), rng.choice([3, 8, 17])
+        cases.append((rng.integers(-3, 4, (tokens, width)), rng.integers(0, 9, tokens)))
+    # the batch is of one length; the rest is padding
+    hidden = np.zeros((len(cases), 40, 17), np.float32)
+    scores = np.zeros((len(cases), 40), np.float32)
+    segments = np.full((len(cases), 40), -2, np.int32)
+    for row, (features, eighths) in enumerate(cases):
+        tokens, width = np.shape(features)
+        hidden[row, :tokens, :width] = features
+        scores[row, :tokens] = np.divide(eighths, 8)
+        segments[row, :tokens] = 0
+    keep = np.array([2, *(rng.integers(1, len(scores)) for _, scores in cases[1:])])
+    inputs = {"hidden": hidden, "scores": scores, "segments": segments, "keep": keep}
+    _compare_kept(mode, inputs, make_model, run)
+
+
+@pytest.mark.parametrize("mode", ["topk_score", "maxmin", "mmr", "dpp", "coverage"])
+@pytest.mark.parametrize("score", [[-0.0, 0.0, 0.0, -0.0, 0, -1], [0.0, -0.0, -0.0, 0, -1, -1]])
+def test_minus_zero_equals_zero(
+    mode: str, score: list[float], make_model: Callable[..., Any], run: Callable[..., Any]
+) -> None:
+    hidden = np.random.default_rng(0).integers(-3, 4, (1, 6, 8)).astype(np.float32)
+    inputs = {"hidden": hidden, "scores": np.array([score], np.float32), "segments": None}
+    _compare_kept(mode, {**inputs, "keep": np.array([2])}, make_model, run)
+
+
+def _compare_kept(
+    mode: str,
+    inputs: dict[str, Any],
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    given = {name: value is not None for name, value in inputs.items() if name != "hidden"}
+    configuration = TokenPruneConfiguration(mode, **given, lengths=False)
+    function = token_prune_function(configuration, configuration.overload)
+    model = make_model(
+        "TokenPrune", inputs, ["pruned", "kept_indices"], functions=[function], mode=mode
+    )
+    expected = reference_prune.token_prune(*inputs.values(), mode=mode)
+    np.testing.assert_array_equal(run(model, inputs)[1], expected.kept_indices)
+
+
 @pytest.mark.parametrize("first", ["max_norm", "farthest"])
 @pytest.mark.parametrize("seed", range(3))
 def test_first_token_of_maxmin_without_scores(

@@ -97,6 +97,21 @@ def test_question_tokens_that_stay_are_more_for_a_larger_share() -> None:
     assert len(set(map(tuple, others))) > 3
 
 
+def test_of_a_question_the_rarest_tokens_stay() -> None:
+    asked = [np.array(ids) for ids in ([7, 1, 2, 9], [7, 1, 3, 9], [7, 4, 3, 9], [7, 7, 5, 9])]
+    frequencies = questions.token_frequencies(asked)
+    assert frequencies == {7: 4, 9: 4, 1: 2, 3: 2, 2: 1, 4: 1, 5: 1}
+
+    def kept(share: float) -> list[list[int]]:
+        return [questions.rarest_of_question(q, share, frequencies).tolist() for q in asked]
+
+    assert kept(0) == [[], [], [], []]
+    assert kept(0.25) == [[2], [1], [1], [2]]
+    assert kept(0.5) == [[1, 2], [1, 2], [1, 2], [0, 2]]
+    assert kept(0.51) == [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    assert kept(1) == [[0, 1, 2, 3]] * 4
+
+
 def test_the_grid_halves_down_to_nothing() -> None:
     assert grid(64) == [64, 32, 16, 8, 4, 2, 1, 0]
     assert grid(730, (7, 5))[-6:] == [11, 7, 5, 2, 1, 0]
@@ -104,6 +119,13 @@ def test_the_grid_halves_down_to_nothing() -> None:
     for wrong in (64, 100, -1):
         with pytest.raises(RequestError, match=f"--tokens {wrong} is not below the 64 tokens"):
             grid(64, (wrong,))
+
+
+def test_a_search_has_a_tenth_of_the_tokens() -> None:
+    assert Setting(("mmr",)).grid(256)[4:6] == [26, 16]
+    assert Setting(("mmr",)).grid(30) == [30, 15, 7, 3, 1, 0]
+    assert Setting(("mmr",)).grid(1) == [1, 0]
+    assert Setting(("mmr",), also=(9,), searches=False).grid(256) == [256, 9, 0]
 
 
 def test_random_has_a_run_for_each_seed_and_the_others_one() -> None:

@@ -75,6 +75,7 @@ def analyse(
         "pictures": len(questions.pictures),
         "questions_needed": statistics.questions_needed(setting.tolerance),
         "tolerance": setting.tolerance,
+        "searched": setting.searches,
         "alpha": statistics.ALPHA,
         "own_mode": own_mode,
         **controls(questions, judge, full, no_image, shuffled),
@@ -209,9 +210,8 @@ def _verdict(result: Result) -> tuple[str, str]:
             verdict = SELECTOR_ADDS_NOTHING
             claim += f" {judged} adds nothing: it needs no fewer than {' or '.join(against)}."
     said = [
-        _not_better(judged, name, tenth(result["image_tokens"]), minus)
+        _compared(judged, name, tenth(result["image_tokens"]), minus)
         for name, minus in differences.items()
-        if minus["interval"][0] <= 0
     ]
     return verdict, " ".join([claim, *said])
 
@@ -229,8 +229,9 @@ def _need(result: Result, judged: str) -> tuple[str, str]:
                 f"{result['questions']:,} questions were asked; a tolerance of {points} needs "
                 f"about {result['questions_needed']:,}."
             )
+        needed = "are needed" if result["searched"] else "alone are enough of the numbers tested"
         return ALL_TOKENS_NEEDED, (
-            f"All {tokens} image tokens are needed: {best} with {below[-1]['kept']} loses more "
+            f"All {tokens} image tokens {needed}: {best} with {below[-1]['kept']} loses more "
             f"than {points}."
         )
     said = [
@@ -246,6 +247,8 @@ def _need(result: Result, judged: str) -> tuple[str, str]:
         said.append("random selection was not compared with")
     if judged != best:
         said.append(f"the file's own {judged} needs {modes[judged]['k_star']}")
+    if not result["searched"]:
+        said.append("no other number was tested")
     return REDUNDANT, f"{'; '.join(said)}."
 
 
@@ -257,12 +260,15 @@ def _at_a_tenth(result: Result, judged: str, against: Sequence[str]) -> dict[str
     return {name: minus for name, minus in found.items() if minus is not None}
 
 
-def _not_better(judged: str, name: str, kept: int, minus: Result) -> str:
+def _compared(judged: str, name: str, kept: int, minus: Result) -> str:
     low, high = minus["interval"]
-    word = "is worse than" if high < 0 else "is not told apart from"
+    word = (
+        "is better than" if low > 0 else "is worse than" if high < 0 else "is not told apart from"
+    )
+    judgement = "" if low > 0 else ": the selector adds nothing over it there"
     return (
         f"At {kept} tokens {judged} {word} {name} ({100 * minus['mean']:+.2f} points, "
-        f"{100 * low:+.2f} to {100 * high:+.2f}): the selector adds nothing over it there."
+        f"{100 * low:+.2f} to {100 * high:+.2f}){judgement}."
     )
 
 

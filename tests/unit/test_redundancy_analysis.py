@@ -90,6 +90,7 @@ def test_without_a_search_the_numbers_asked_for_alone_are_tested() -> None:
     result, known = _analyse(needs_of(mmr=1, uniform=2), also=(12,), searches=False)
     assert {run.kept for run in known.asked} == {TOKENS, 12, 0}
     assert (result["k_star"], result["modes"]["uniform"]["k_star"]) == (12, TOKENS)
+    assert "no other number was tested." in result["message"]
     (_, at_12, _) = result["curves"]["mmr"]
     assert at_12["minus_uniform"]["mean"] == 0.375
     assert at_12["minus_uniform"]["interval"][0] > 0.3
@@ -118,11 +119,11 @@ def test_a_selector_that_is_no_better_than_chance_is_told_so() -> None:
     ("of_mmr", "of_uniform", "verdict", "said"),
     [
         # fewer are needed, and a tenth shows it
-        ((3, 11), (9, 33), analysis.REDUNDANT, None),
+        ((3, 11), (9, 33), analysis.REDUNDANT, "is better than uniform (+37.50 points"),
         # fewer are needed, and a tenth does not show it
         ((3, 11), (3, 33), analysis.REDUNDANT, "is not told apart from uniform (+0.00 points"),
         # a tenth shows it alone
-        ((3, 30), (9, 30), analysis.REDUNDANT, None),
+        ((3, 30), (9, 30), analysis.REDUNDANT, "is better than uniform (+37.50 points"),
         ((9, 30), (9, 30), analysis.SELECTOR_ADDS_NOTHING, "is not told apart from uniform"),
         ((9, 30), (3, 20), analysis.SELECTOR_ADDS_NOTHING, "is worse than uniform (-37.50 points"),
         # more than all tokens: nothing passes
@@ -130,7 +131,7 @@ def test_a_selector_that_is_no_better_than_chance_is_told_so() -> None:
     ],
 )
 def test_a_selector_is_judged_by_what_it_needs_and_at_a_tenth(
-    of_mmr: tuple[int, int], of_uniform: tuple[int, int], verdict: str, said: str | None
+    of_mmr: tuple[int, int], of_uniform: tuple[int, int], verdict: str, said: str
 ) -> None:
     needs = {"mmr": of_mmr, "uniform": of_uniform, TEXT: (TOKENS, TOKENS)}
     result, _ = _analyse(
@@ -139,10 +140,7 @@ def test_a_selector_is_judged_by_what_it_needs_and_at_a_tenth(
     assert result["verdict"] == verdict
     assert result["modes"]["mmr"]["beats_random"] is None
     assert result["modes"]["mmr"]["beats_uniform"] is (of_mmr[1] < of_uniform[1])
-    if said is None:
-        assert "At 7 tokens" not in result["message"]
-    else:
-        assert f"At 7 tokens mmr {said}" in result["message"]
+    assert f"At 7 tokens mmr {said}" in result["message"]
 
 
 def test_the_best_selector_counts_and_the_files_own_among_equals() -> None:

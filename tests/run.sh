@@ -20,7 +20,7 @@ BIVLM_BUILD_OPS=0 pip install -q --no-deps --target build/site . 2>&1 | grep -v 
 step "C++ kernels under ASan and UBSan"
 # of what CMake says: whether the CUDA library is built, for which GPUs, or why not
 (cd custom_ops && cmake --preset asan | sed -n 's/^-- \(CUDA library\)/\1/p' && cmake --build --preset asan -- -k 0 | tail -n 1 &&
-  ctest --preset asan --output-on-failure)
+  ctest --preset asan --output-on-failure -j 2)
 
 step "NEON under qemu"
 if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null; then

@@ -10,15 +10,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from bivlm_edge.calibration.precision import fast_products
 from bivlm_edge.errors import DataError, UnsupportedModelError
+from bivlm_edge.models.decoder_blocks import without_cache
 
 Batch = Mapping[str, Tensor]
 LABELS = "labels"
 IGNORED = -100  # the label of positions that predict no answer
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class Blocks(Protocol):
@@ -237,19 +236,6 @@ def _chained(
     first.later = chain
     first.replace_hidden(hidden)
     return first
-
-
-def without_cache(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments without its cache, which would grow with every rerun."""
-    named = {key: None if key in _CACHES else value for key, value in kwargs.items()}
-    if "use_cache" in named:
-        named["use_cache"] = False
-    return (
-        tuple(None if isinstance(value, Cache) else value for value in args),
-        {key: None if isinstance(value, Cache) else value for key, value in named.items()},
-    )
 
 
 def require_finite(rows: Tensor, what: str, name: str, batch: int) -> None:

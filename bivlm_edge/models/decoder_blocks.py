@@ -1,14 +1,17 @@
-"""The blocks of a causal language model, whatever their list is called, as linear layers."""
+"""The blocks of a causal language model, whatever their list is called, and their arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from bivlm_edge.errors import UnsupportedModelError
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 def find_blocks(source: str, module: Any) -> tuple[str, nn.ModuleList]:
@@ -95,3 +98,16 @@ def check_blocks(source: str, name: str, blocks: nn.ModuleList) -> None:
                     "Supported are models whose blocks multiply by nn.Linear (or the Conv1D of "
                     "GPT-2) alone; fused experts are not."
                 )
+
+
+def without_cache(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments without its cache, which would grow with every rerun."""
+    named = {key: None if key in _CACHES else value for key, value in kwargs.items()}
+    if "use_cache" in named:
+        named["use_cache"] = False
+    return (
+        tuple(None if isinstance(value, Cache) else value for value in args),
+        {key: None if isinstance(value, Cache) else value for key, value in named.items()},
+    )

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from bivlm_edge.calibration.calls import without_cache
 from bivlm_edge.errors import RequestError, UnsupportedModelError
+from bivlm_edge.models.decoder_blocks import without_cache
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ token changes the answer; `MockBundle.answer` computes the same in plain Python.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -251,13 +252,16 @@ def make_bundle(tmp_path: Path) -> Callable[..., MockBundle]:
         folder = tmp_path / name
         folder.mkdir()
         paths = BundlePaths(folder / "model.onnx")
-        onnx.save(
-            _model(fp16=fp16, prunes=prunes, domain_node=domain_node),
-            str(paths.graph),
-            save_as_external_data=True,
-            location=paths.data.name,
-            size_threshold=1024,
-        )
+        # onnx looks for the data file where the tests were started: the README's first command
+        # leaves one of this name there
+        with contextlib.chdir(folder):
+            onnx.save(
+                _model(fp16=fp16, prunes=prunes, domain_node=domain_node),
+                str(paths.graph),
+                save_as_external_data=True,
+                location=paths.data.name,
+                size_threshold=1024,
+            )
         paths.assets.mkdir()
         _tokenizer().save(str(paths.assets / TOKENIZER))
         (paths.assets / CHAT_TEMPLATE).write_text(TEMPLATE, encoding="utf-8")

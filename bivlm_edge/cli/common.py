@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from bivlm_edge import report
+from bivlm_edge.config import DEVICES
 from bivlm_edge.errors import BivlmError
 
 EXIT_UNEXPECTED = 1
@@ -58,6 +59,15 @@ ProviderOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", help="Threads of one operator.", show_default="physical cores"),
+]
+
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where calibration inputs run through the model, block by block: "
+        f"{' or '.join(DEVICES)}. cuda has not run on hardware yet.",
+    ),
 ]
 
 P = ParamSpec("P")

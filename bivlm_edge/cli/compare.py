@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bivlm_edge.cli.common import (
     DebugOption,
+    DeviceOption,
     command_errors,
     new_app,
     progress_by_name,
@@ -117,14 +118,7 @@ def compare(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
-    device: Annotated[
-        str,
-        typer.Option(
-            "--device",
-            help="Where calibration inputs run through the model, block by block: "
-            f"{' or '.join(DEVICES)}. cuda has not run on hardware yet.",
-        ),
-    ] = "cpu",
+    device: DeviceOption = "cpu",
     threads: Annotated[
         int | None,
         typer.Option("--threads", help="Threads of torch.", show_default="OMP_NUM_THREADS or all"),

@@ -10,6 +10,7 @@ import typer
 
 from bivlm_edge.cli.common import (
     DebugOption,
+    DeviceOption,
     JsonOption,
     command_errors,
     new_app,
@@ -25,7 +26,6 @@ from bivlm_edge.config import (
     DEFAULT_METRIC,
     DEFAULT_SCORE_LAYER,
     DEFAULT_TOLERANCE,
-    DEVICES,
     DTYPES,
     FALLBACKS,
     GRIDS,
@@ -272,14 +272,7 @@ def export(
     ] = "nbits",
     opset: Annotated[int, typer.Option("--opset", help="Version of the standard operators.")] = 23,
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
-    device: Annotated[
-        str,
-        typer.Option(
-            "--device",
-            help="Where calibration inputs run through the model, block by block: "
-            f"{_choices(DEVICES)}. cuda has not run on hardware yet.",
-        ),
-    ] = "cpu",
+    device: DeviceOption = "cpu",
     work_folder: Annotated[
         Path | None,
         typer.Option(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bivlm_edge.config import PRUNE_MODES
 from bivlm_edge.errors import RequestError
+from bivlm_edge.pruning import tokens_to_keep
 
 FULL, NO_IMAGE, SHUFFLED = "full", "no image", "shuffled"
 TEXT, RARE_TEXT = "question tokens", "rarest question tokens"
@@ -100,7 +100,7 @@ class Setting:
 
 def tenth(image_tokens: int) -> int:
     """Return a tenth of the tokens, rounded up as TokenPrune does."""
-    return math.ceil(image_tokens / 10)
+    return tokens_to_keep(0.1, image_tokens)
 
 
 def grid(image_tokens: int, also: Sequence[int] = ()) -> list[int]:

@@ -170,6 +170,9 @@ def load(
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_FATAL
     options.enable_cpu_mem_arena = arena
+    # Its plan keeps the buffers of one layer for the same ones of the next, all layers long; the
+    # arena finds them again as fast (docs/PERFORMANCE.md, Memory).
+    options.enable_mem_reuse = False
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)

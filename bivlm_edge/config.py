@@ -37,6 +37,8 @@ FALLBACKS: tuple[str, ...] = get_args(Fallback)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 OPSETS = (21, 22, 23)
 DEFAULT_BITS = 2.0
+VOCABULARY_BITS = (8, 4)
+DEFAULT_VOCABULARY_BITS = 8
 SCORELESS_MODES = ("uniform", "random")
 SCORE_MODES = ("mmr", "topk_score")  # of the others scores are optional
 SIMILARITY_MODES = ("mmr", "maxmin", "dpp", "coverage")
@@ -100,6 +102,15 @@ def check_bits_are_read(method: str, bits: float | None) -> None:
         )
 
 
+def check_vocabulary_bits(bits: int) -> None:
+    """Refuse bits that the token table and the head cannot have.
+
+    Raises:
+        RequestError: They are not one of VOCABULARY_BITS.
+    """
+    _require_choice("--vocabulary-bits", bits, VOCABULARY_BITS)
+
+
 def _check_operator(quant: QuantConfig) -> None:
     """Refuse codes of a width that the exported graph has no operator for."""
     declared = methods.declaration(quant.method)
@@ -137,6 +148,8 @@ class QuantConfig:
             method's own, `loss` for `bivlm-edge`, `none` for all others.
         device: Where calibration inputs run through the model, one of DEVICES; all else runs on
             the processor.
+        vocabulary_bits: Bits of the token table's and the head's codes, 8 or 4; they are counted
+            apart from `bits`.
         without: Names of STAGES that are switched off; kept sorted.
         tune: How coefficients, norms and biases are trained on the calibration samples after
             quantization: each block towards the outputs of the float block, all of them towards
@@ -157,6 +170,7 @@ class QuantConfig:
     paper_exact: bool = False
     importance: str | None = None
     device: Device = "cpu"
+    vocabulary_bits: int = DEFAULT_VOCABULARY_BITS
     without: Collection[str] = ()
     tune: Tuning = "none"
     tune_signs: bool = False
@@ -178,6 +192,7 @@ class QuantConfig:
             )
         _require_choice("--grid", self.grid, GRIDS)
         _require_choice("--device", self.device, DEVICES)
+        self._check_vocabulary()
         if not 1 <= self.n_uns <= 6:
             raise RequestError(
                 f"--n-uns {self.n_uns} is outside 1 to 6, the numbers of unsalient groups that "
@@ -204,6 +219,14 @@ class QuantConfig:
             return self.importance
         needs = frozenset() if self.method == "none" else methods.declaration(self.method).needs
         return "loss" if "importance" in needs and "importance" not in self.without else "none"
+
+    def _check_vocabulary(self) -> None:
+        check_vocabulary_bits(self.vocabulary_bits)
+        if self.method == "none" and self.vocabulary_bits != DEFAULT_VOCABULARY_BITS:
+            raise RequestError(
+                f"--vocabulary-bits {self.vocabulary_bits} does not go with --method none, which "
+                "keeps all weights in float. Leave it out, or choose another method."
+            )
 
     def _check_importance(self) -> None:
         if self.importance in (None, "none"):

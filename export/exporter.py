@@ -43,7 +43,7 @@ from bivlm_edge.export.validate import validate, ways_to_run
 from bivlm_edge.models import VisionLanguageModel, tower_pruning
 from bivlm_edge.pruning import KeepChoice
 from bivlm_edge.quant.quantizer import QuantizedModel, quantize_model
-from bivlm_edge.quant.vocabulary import round_vocabulary
+from bivlm_edge.quant.vocabulary import round_vocabulary, vocabulary_note
 from bivlm_edge.quant.weights import GroupWeight
 from bivlm_edge.tuning import TuningReport, check_tunable, drawn_batches, quantize_and_tune
 
@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_SAMPLES = 8
 FIRST_RATIO = 0.5  # of an export whose ratio is chosen: what it is compared with torch at before
-VOCABULARY_NOTE = "vocabulary: 8 bits, counted apart (tables)"
 Progress = Callable[[str, int, int], None]
 Choose = Callable[[Path], KeepChoice]
 
@@ -129,7 +128,7 @@ def export_model(
     tell = progress or _tell_nobody
     started = time.perf_counter()
     quantized, tuning = _quantize(vlm, items, config.quant, tell, work_folder)
-    vocabulary = _quantize_vocabulary(vlm, quantized)
+    vocabulary = _quantize_vocabulary(vlm, quantized, config.quant.vocabulary_bits)
     quantized.skipped.update(tables_in_float(vlm, vocabulary.table))
     dtype = torch_dtype(config.dtype)
     weights = {**quantized.weights, **vocabulary.head}
@@ -275,8 +274,10 @@ def _quantize(
     return quantize_and_tune(vlm, batches, options, tell, work_folder, tuning)
 
 
-def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) -> Vocabulary:
-    """Round token table and head to 8 bits where the linear layers are quantized.
+def _quantize_vocabulary(
+    vlm: VisionLanguageModel, quantized: QuantizedModel, bits: int
+) -> Vocabulary:
+    """Round token table and head where the linear layers are quantized.
 
     The module's own tables get the dequantized values; `quantized.skipped` says what became of
     the head.
@@ -286,11 +287,11 @@ def _quantize_vocabulary(vlm: VisionLanguageModel, quantized: QuantizedModel) ->
     name = next(name for name, module in vlm.module.named_modules() if module is head)
     if not quantized.weights:
         return Vocabulary(table.weight.numpy(), {})
-    rounded = round_vocabulary(vlm.module)
+    rounded = round_vocabulary(vlm.module, bits)
     if rounded is None:
         quantized.skipped[name] = "vocabulary: its width is not a multiple of 16; kept in float"
         return Vocabulary(table.weight.numpy(), {})
-    quantized.skipped[name] = VOCABULARY_NOTE
+    quantized.skipped[name] = vocabulary_note(bits)
     table_weight, head_weight = rounded
     return Vocabulary(table_weight, {name: head_weight})
 
@@ -303,8 +304,9 @@ def tables_in_float(
     found = {}
     for name, module in vlm.module.named_modules():
         if module is table:
-            is_quantized = isinstance(exported, GroupWeight)
-            found[name] = VOCABULARY_NOTE if is_quantized else "float"
+            found[name] = (
+                vocabulary_note(exported.bits) if isinstance(exported, GroupWeight) else "float"
+            )
         elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
             found[name] = "convolution of the patches: kept in float"
         elif isinstance(module, nn.Embedding):

@@ -35,7 +35,7 @@ from bivlm_edge.export.leading_layers import (
 )
 from bivlm_edge.export.tower_parts import Tower, kept_features, placed_features
 from bivlm_edge.pruning import KEEP_TOKENS, tokens_to_keep
-from bivlm_edge.quant.weights import GroupWeight
+from bivlm_edge.quant.weights import GroupWeight, pack_bits
 
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
@@ -253,15 +253,21 @@ def _embed(
 ) -> ir.Value:
     """Look the tokens up: `(batch, sequence, hidden)`."""
     if isinstance(embedding, GroupWeight):
-        codes = initializer(tape, embedding.codes[:, : embedding.k], "embedding/codes")
+        codes = initializer(tape, pack_bits(embedding.codes, embedding.bits), "embedding/codes")
         scales = initializer(tape, embedding.scale, "embedding/scales")
         if dtype == ir.DataType.FLOAT:
             scales = tape.op("Cast", [scales], {"to": ir.DataType.FLOAT})
-        zero = initializer(tape, embedding.zero, "embedding/zero_points")
+        zero_points = pack_bits(embedding.zero, embedding.bits)
+        zero = initializer(tape, zero_points, "embedding/zero_points")
         return tape.op(
             "GatherBlockQuantized",
             [codes, input_ids, scales, zero],
-            {"bits": 8, "block_size": embedding.group, "gather_axis": 0, "quantize_axis": 1},
+            {
+                "bits": embedding.bits,
+                "block_size": embedding.group,
+                "gather_axis": 0,
+                "quantize_axis": 1,
+            },
             domain=MICROSOFT,
             name="embedding",
         )

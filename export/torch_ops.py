@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bivlm_edge.export import schemas, transformer_ops
 from bivlm_edge.quant.packed import BinaryWeight
-from bivlm_edge.quant.weights import GroupWeight
+from bivlm_edge.quant.weights import GroupWeight, pack_bits
 
 _ai_bivlm = onnxscript.values.Opset(schemas.DOMAIN, schemas.OPSET_VERSION)
 _com_microsoft = onnxscript.values.Opset("com.microsoft", 1)
@@ -185,9 +185,9 @@ class GroupLinear(nn.Module):
         self.bits, self.block = weight.bits, weight.group
         self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
         blocks = weight.scale.shape[1]
-        codes = _pack_bits(weight.codes.reshape(weight.n, blocks, weight.group), weight.bits)
+        codes = pack_bits(weight.codes.reshape(weight.n, blocks, weight.group), weight.bits)
         is_symmetric = bool((weight.zero == 2 ** (weight.bits - 1)).all())
-        zero_points = None if is_symmetric else _tensor(_pack_bits(weight.zero, weight.bits))
+        zero_points = None if is_symmetric else _tensor(pack_bits(weight.zero, weight.bits))
         self.register_buffer("codes", torch.from_numpy(codes))
         self.register_buffer("scales", torch.from_numpy(weight.scale))
         self.register_buffer("zero_points", zero_points)
@@ -214,14 +214,3 @@ class GroupLinear(nn.Module):
 
 def _tensor(array: Any) -> Tensor | None:
     return None if array is None else torch.from_numpy(array)
-
-
-def _pack_bits(codes: Any, bits: int) -> Any:
-    """Pack codes along the last axis into bytes, lowest bits first, padded to whole bytes."""
-    per_byte = 8 // bits
-    padding = -codes.shape[-1] % per_byte
-    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)]).astype(np.uint8)
-    packed = padded[..., ::per_byte].copy()
-    for place in range(1, per_byte):
-        packed |= padded[..., place::per_byte] << np.uint8(place * bits)
-    return packed

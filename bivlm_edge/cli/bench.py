@@ -36,6 +36,7 @@ from bivlm_edge.cli.common import (
     show,
     show_json,
 )
+from bivlm_edge.config import DEFAULT_VOCABULARY_BITS, check_vocabulary_bits
 from bivlm_edge.errors import DataError, RequestError
 from bivlm_edge.runtime.bench_worker import Job
 from bivlm_edge.runtime.benchmark import Contender, add_profiles, benchmark
@@ -47,6 +48,7 @@ _OF_KERNELS = ("shape", "tokens", "cold_mb")
 _OF_MODELS = (
     *("model", "compare", "compare_fallback", "image", "prompt", "new_tokens", "context"),
     *("keep_tokens", "profile", "no_custom_ops", "synthetic", "refresh", "provider"),
+    "vocabulary_bits",
 )
 
 OptionalModelArgument = Annotated[
@@ -75,6 +77,14 @@ def run(
     model: OptionalModelArgument = None,
     synthetic: SyntheticOption = None,
     refresh: RefreshOption = False,
+    vocabulary_bits: Annotated[
+        int | None,
+        typer.Option(
+            "--vocabulary-bits",
+            help="Of the token table and the head of --synthetic, in all its exports: 8 or 4.",
+            show_default="8",
+        ),
+    ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option("--compare", help="Another model to measure in turn; may be repeated."),
@@ -187,7 +197,9 @@ def run(
             "warm-up and one to profile."
         )
     check_provider(provider)
-    model, *built = _models(model, synthetic, pruned=bool(keep_tokens), refresh=refresh)
+    model, *built = _models(
+        model, synthetic, vocabulary_bits, pruned=bool(keep_tokens), refresh=refresh
+    )
     compare = [*built, *(compare or [])]
     for path in (model, *compare):
         read_manifest(BundlePaths(Path(path)))
@@ -235,7 +247,14 @@ def _refuse(ctx: typer.Context, names: Sequence[str], why: str) -> None:
             raise RequestError(f"{option} {why}. Leave one of the two out.")
 
 
-def _models(model: str | None, synthetic: str | None, *, pruned: bool, refresh: bool) -> list[str]:
+def _models(
+    model: str | None,
+    synthetic: str | None,
+    vocabulary_bits: int | None,
+    *,
+    pruned: bool,
+    refresh: bool,
+) -> list[str]:
     """The model to measure, and for --synthetic the 4-bit one to compare it with, or `pruned`."""
     if (model is None) == (synthetic is None):
         raise RequestError(
@@ -246,13 +265,22 @@ def _models(model: str | None, synthetic: str | None, *, pruned: bool, refresh: 
     if synthetic is None:
         if refresh:
             raise RequestError("--refresh goes with --synthetic only. Leave it out.")
+        if vocabulary_bits is not None:
+            raise RequestError("--vocabulary-bits goes with --synthetic only. Leave it out.")
         return [str(model)]
+    bits = DEFAULT_VOCABULARY_BITS if vocabulary_bits is None else vocabulary_bits
+    check_vocabulary_bits(bits)
     methods = synthetic_models.METHODS[:1] if pruned else synthetic_models.METHODS
     with progress_by_name() as tell:
         return [
             str(
                 synthetic_models.ensure(
-                    synthetic, method, pruned=pruned, refresh=refresh, progress=tell
+                    synthetic,
+                    method,
+                    pruned=pruned,
+                    vocabulary_bits=bits,
+                    refresh=refresh,
+                    progress=tell,
                 )
             )
             for method in methods

@@ -26,6 +26,7 @@ from bivlm_edge.config import (
     DEFAULT_METRIC,
     DEFAULT_SCORE_LAYER,
     DEFAULT_TOLERANCE,
+    DEFAULT_VOCABULARY_BITS,
     DTYPES,
     FALLBACKS,
     GRIDS,
@@ -74,6 +75,14 @@ def export(
             show_default=f"{DEFAULT_BITS:g}; other methods have their own",
         ),
     ] = None,
+    vocabulary_bits: Annotated[
+        int,
+        typer.Option(
+            "--vocabulary-bits",
+            help="Bits of the token table and the output head, counted apart from --bits: 8, or 4 "
+            "for a smaller file and faster tokens.",
+        ),
+    ] = DEFAULT_VOCABULARY_BITS,
     grid: Annotated[
         str,
         typer.Option("--grid", help=f"gptq: levels per group or per row: {_choices(GRIDS)}"),
@@ -320,6 +329,7 @@ def export(
             bits=DEFAULT_BITS if bits is None else bits,
             seed=seed,
             calibration_samples=calibration_samples,
+            vocabulary_bits=vocabulary_bits,
             grid=grid,  # type: ignore[arg-type]  # checked by QuantConfig
             n_uns=n_uns,
             paper_exact=paper_exact,

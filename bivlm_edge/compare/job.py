@@ -103,7 +103,7 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
     started = time.perf_counter()
     quantized, tuned = quantize_and_tune(model, batches, config, tell, work_folder, tuning)
     if quantized.weights:
-        round_vocabulary(model.module)  # as an export does
+        round_vocabulary(model.module, config.vocabulary_bits)  # as an export does
     seconds = time.perf_counter() - started
     del batches, tuning
     quantization_peak = _peak_mb()

@@ -247,7 +247,7 @@ def skipped_layers(vlm: QuantizableModel, method: str) -> dict[str, str]:
     for name, layer in layers.items():
         n, k = layer.weight.shape
         if name.endswith("lm_head"):
-            skipped[name] = "vocabulary: exported at 8 bits"
+            skipped[name] = "vocabulary: exported apart"
         elif id(layer) not in inside:
             skipped[name] = "outside the blocks that the exported graph runs"
         elif n < PANEL or k < CHUNK:

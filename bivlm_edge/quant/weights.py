@@ -83,6 +83,27 @@ class GroupWeight:
         return np.ascontiguousarray(values.reshape(self.n, -1)[:, : self.k])
 
 
+def pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Pack codes along the last axis into bytes, lowest bits first, padded to whole bytes.
+
+    That is how MatMulNBits and GatherBlockQuantized read codes and zero points.
+
+    Args:
+        codes: ``(.., count)``, each below ``2**bits``.
+        bits: 2, 4 or 8.
+
+    Returns:
+        uint8 ``(.., ceil(count * bits / 8))``.
+    """
+    per_byte = 8 // bits
+    padding = -codes.shape[-1] % per_byte
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)]).astype(np.uint8)
+    packed = padded[..., ::per_byte].copy()
+    for place in range(1, per_byte):
+        packed |= padded[..., place::per_byte] << np.uint8(place * bits)
+    return packed
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class DenseWeight:
     """Quantized values without a packed form: for methods that are compared but not deployed.

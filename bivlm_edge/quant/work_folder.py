@@ -39,9 +39,10 @@ LAYOUT = 1  # of the files in the folder
 _VALUES, _CHECKSUM = "__values__", "__checksum__"
 _CHECKSUM_LENGTH = 64  # a hexadecimal checksum tells a reader nothing
 _SUFFIX = ".safetensors"
-# Fields of QuantConfig that say what is done to the finished model.
-_TUNING_FIELDS = frozenset(
+# Fields of QuantConfig that say what is done behind the layers.
+_LATER_FIELDS = frozenset(
     {"tune", "tune_signs", "tune_epochs", "tune_steps", "tune_samples", "tune_rate"}
+    | {"vocabulary_bits"}
 )
 _KINDS: dict[str, type[QuantizedWeight]] = {
     kind.__name__: kind for kind in (BinaryWeight, GroupWeight, DenseWeight)
@@ -235,7 +236,7 @@ def describe_run(
     options = {
         f"option {name}": value
         for name, value in dataclasses.asdict(config).items()
-        if name not in _TUNING_FIELDS
+        if name not in _LATER_FIELDS
     }
     options["option importance"] = config.token_weights
     return {

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from bivlm_edge import __version__
 from bivlm_edge.bundle import BUNDLE_VERSION
+from bivlm_edge.config import DEFAULT_VOCABULARY_BITS
 from bivlm_edge.errors import OutputError, RequestError
 from bivlm_edge.package_files import cache_folder
 from bivlm_edge.quant.packed import FORMAT
@@ -25,13 +26,20 @@ METHODS: tuple[Method, ...] = get_args(Method)
 _WRITERS = ("export", "models", "quant", "synthetic")
 
 
-def cached(name: str, method: Method, *, pruned: bool = False) -> Path:
+def cached(
+    name: str,
+    method: Method,
+    *,
+    pruned: bool = False,
+    vocabulary_bits: int = DEFAULT_VOCABULARY_BITS,
+) -> Path:
     """Return where the export of an architecture lies, or will lie, in the cache.
 
     Args:
         name: One of NAMES.
         method: One of METHODS.
         pruned: Of the export whose runs choose their number of image tokens.
+        vocabulary_bits: Of the token table and the head.
 
     Raises:
         RequestError: There is no such architecture.
@@ -40,6 +48,8 @@ def cached(name: str, method: Method, *, pruned: bool = False) -> Path:
         raise RequestError(f"--synthetic {name!r} is not known. Accepted: {', '.join(NAMES)}.")
     version = f"{__version__}-bundle{BUNDLE_VERSION}-format{FORMAT}-{_code_that_writes():08x}"
     stem = f"{name}-{method}-pruned" if pruned else f"{name}-{method}"
+    if vocabulary_bits != DEFAULT_VOCABULARY_BITS:
+        stem += f"-vocabulary{vocabulary_bits}"
     return cache_folder() / "synthetic" / version / f"{stem}.onnx"
 
 
@@ -58,6 +68,7 @@ def ensure(
     method: Method,
     *,
     pruned: bool = False,
+    vocabulary_bits: int = DEFAULT_VOCABULARY_BITS,
     refresh: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -67,6 +78,7 @@ def ensure(
         name: One of NAMES.
         method: One of METHODS.
         pruned: With pruning of image tokens; a run keeps half of them unless it asks otherwise.
+        vocabulary_bits: Bits of the token table and the head, one of VOCABULARY_BITS.
         refresh: Build it anew.
         progress: Called with (what runs, steps done, steps in all).
 
@@ -74,7 +86,7 @@ def ensure(
         RequestError: There is no such architecture, or torch is not installed.
         OutputError: The cache is not writable, or the disk is full.
     """
-    path = cached(name, method, pruned=pruned)
+    path = cached(name, method, pruned=pruned, vocabulary_bits=vocabulary_bits)
     if path.is_file() and not refresh:
         return path
     try:
@@ -91,5 +103,13 @@ def ensure(
             f"cannot write into '{path.parent}': {error.strerror}. Set XDG_CACHE_HOME to a folder "
             "with some gigabytes of space."
         ) from error
-    build(name, method, path, pruned=pruned, overwrite=refresh, progress=progress)
+    build(
+        name,
+        method,
+        path,
+        pruned=pruned,
+        vocabulary_bits=vocabulary_bits,
+        overwrite=refresh,
+        progress=progress,
+    )
     return path

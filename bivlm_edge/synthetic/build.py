@@ -19,13 +19,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bivlm_edge import custom_ops_library
-from bivlm_edge.config import ExportConfig, PruneConfig, QuantConfig
+from bivlm_edge.config import DEFAULT_VOCABULARY_BITS, ExportConfig, PruneConfig, QuantConfig
 from bivlm_edge.errors import RequestError, UnsupportedModelError, ValidationError
 from bivlm_edge.export import parts
 from bivlm_edge.export.assets import write_report
 from bivlm_edge.export.export_report import build_report, count_parameters
 from bivlm_edge.export.exporter import (
-    VOCABULARY_NOTE,
     ExportResult,
     check_target,
     staging,
@@ -45,8 +44,7 @@ from bivlm_edge.quant.quantizer import (
     linear_layers,
     skipped_layers,
 )
-from bivlm_edge.quant.vocabulary import BITS as VOCABULARY_BITS
-from bivlm_edge.quant.vocabulary import group_size
+from bivlm_edge.quant.vocabulary import group_size, vocabulary_note
 from bivlm_edge.quant.weights import GroupWeight, QuantizedWeight
 from bivlm_edge.synthetic import METHODS, NAMES, Method, Progress
 from bivlm_edge.synthetic.architectures import ARCHITECTURES, Architecture
@@ -74,6 +72,7 @@ def build(
     target: Path,
     *,
     pruned: bool = False,
+    vocabulary_bits: int = DEFAULT_VOCABULARY_BITS,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -84,6 +83,7 @@ def build(
         method: "bivlm-edge" (two planes, Hadamard blocks, 2.0 true bits) or "nbits4".
         target: Path of the graph, ending in .onnx.
         pruned: Prune image tokens; a run keeps KEEP_RATIO of them unless it asks otherwise.
+        vocabulary_bits: Bits of the token table and the head, one of VOCABULARY_BITS.
         overwrite: Replace what is there.
         progress: Called with (what runs, steps done, steps in all).
 
@@ -103,6 +103,7 @@ def build(
         method,
         target,
         pruned=pruned,
+        vocabulary_bits=vocabulary_bits,
         overwrite=overwrite,
         progress=progress,
     )
@@ -115,13 +116,16 @@ def build_architecture(
     target: Path,
     *,
     pruned: bool = False,
+    vocabulary_bits: int = DEFAULT_VOCABULARY_BITS,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write the export of any architecture with random weights; see `build`."""
     paths = check_target(target, overwrite=overwrite)
     prune = PruneConfig(keep_ratio=KEEP_RATIO if pruned else 1.0)
-    config = ExportConfig(QuantConfig(method=method, bits=BITS), prune)
+    config = ExportConfig(
+        QuantConfig(method=method, bits=BITS, vocabulary_bits=vocabulary_bits), prune
+    )
     custom_ops_library()  # the check needs it: better missed now than after drawing
     started = time.perf_counter()
 
@@ -137,7 +141,7 @@ def build_architecture(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         quantized = _draw_layers(vlm, method, rng, tell)
-        table = _draw_vocabulary(vlm, quantized, rng)
+        table = _draw_vocabulary(vlm, quantized, rng, vocabulary_bits)
         _fill_floats(vlm.module)
     with staging(paths, overwrite=overwrite) as staged:
         with parts.installed(vlm, {}, torch.float32):
@@ -253,27 +257,25 @@ def _layer_report(name: str, method: Method, weight: BinaryWeight | GroupWeight)
 
 
 def _draw_vocabulary(
-    vlm: VisionLanguageModel, quantized: QuantizedModel, rng: np.random.Generator
+    vlm: VisionLanguageModel, quantized: QuantizedModel, rng: np.random.Generator, bits: int
 ) -> GroupWeight:
-    """Return a token table at 8 bits, after putting the head's operator module in its place."""
+    """Return a token table at 8 or 4 bits; the head becomes a module of its operator."""
     table, head = vlm.module.get_input_embeddings(), vlm.module.get_output_embeddings()
     rows, width = table.weight.shape
-    group = group_size(width)
+    group = group_size(width, bits)
     if group is None:
         raise UnsupportedModelError(
             f"the token table has {width} columns, which are no multiple of 16: MatMulNBits does "
-            "not take it at 8 bits."
+            "not take it."
         )
 
     def draw() -> GroupWeight:
-        return random_group_weight(
-            rng, rows, width, bits=VOCABULARY_BITS, group=group, symmetric=True
-        )
+        return random_group_weight(rng, rows, width, bits=bits, group=group, symmetric=True)
 
     drawn = draw()
     quantized.skipped.update(tables_in_float(vlm, drawn))
     name = next(name for name, module in vlm.module.named_modules() if module is head)
-    quantized.skipped[name] = VOCABULARY_NOTE
+    quantized.skipped[name] = vocabulary_note(bits)
     _replace(vlm.module, name, drawn if head.weight is table.weight else draw())
     return drawn
 
@@ -281,7 +283,7 @@ def _draw_vocabulary(
 def _fill_floats(module: Any) -> None:
     """Draw what stays float: norms around 1, biases around 0, convolutions and position tables.
 
-    The token table stays without memory: the graph reads the 8-bit one.
+    The token table stays without memory: the graph reads the quantized one.
     """
     table = module.get_input_embeddings()
     for part in module.modules():

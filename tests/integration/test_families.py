@@ -25,8 +25,12 @@ from bivlm_edge.runtime import Answerer, load
 CONFIGS = {
     "float": ExportConfig(QuantConfig(method="none")),
     "3 bits, half the tokens": ExportConfig(QuantConfig(bits=3.0), PruneConfig(keep_ratio=0.5)),
-    "3 bits, opset 21": ExportConfig(QuantConfig(bits=3.0), PruneConfig(keep_ratio=0.5), opset=21),
-    "nbits4 in fp16": ExportConfig(QuantConfig(method="nbits4"), dtype="fp16"),
+    "3 bits, vocabulary at 4, opset 21": ExportConfig(
+        QuantConfig(bits=3.0, vocabulary_bits=4), PruneConfig(keep_ratio=0.5), opset=21
+    ),
+    "nbits4 and vocabulary at 4 bits in fp16": ExportConfig(
+        QuantConfig(method="nbits4", vocabulary_bits=4), dtype="fp16"
+    ),
 }
 
 

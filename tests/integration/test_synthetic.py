@@ -97,6 +97,17 @@ def test_bench_measures_fractions_of_a_pruned_export(
     assert ratio["label"] == "tiny-bivlm-edge-pruned (0.25 kept)"
 
 
+def test_bench_takes_a_vocabulary_at_4_bits(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {}
+    for bits in ("8", "4"):
+        result = _bench(capsys, "--vocabulary-bits", bits, "--json")
+        sizes[bits] = [model["weight_bytes"] for model in result["models"]]
+    assert all(four < eight for four, eight in zip(sizes["4"], sizes["8"], strict=True))
+    built = {path.stem for path in tiny.rglob("*.onnx")}
+    methods = {f"{NAME}-{method}" for method in synthetic.METHODS}
+    assert built == methods | {f"{method}-vocabulary4" for method in methods}
+
+
 def _check_report(path: Path, method: str) -> None:
     report = json.loads((BundlePaths(path).assets / "export_report.json").read_text())
     assert "the weights are random" in report["note"]

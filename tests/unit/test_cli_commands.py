@@ -100,6 +100,8 @@ def test_missing_model_exits_3_in_one_line(
         (("model.onnx", "--synthetic", "smolvlm-256m"), "both MODEL and --synthetic was given"),
         (("--synthetic", "smolvlm-1m"), "--synthetic 'smolvlm-1m' is not known. Accepted: smol"),
         (("model.onnx", "--refresh"), "--refresh goes with --synthetic only"),
+        (("model.onnx", "--vocabulary-bits", "4"), "--vocabulary-bits goes with --synthetic only"),
+        (("--synthetic", "smolvlm-256m", "--vocabulary-bits", "5"), "5 is not known. Accepted: 8"),
     ],
 )
 def test_bench_takes_a_model_or_a_synthetic_one(

@@ -40,7 +40,6 @@ from bivlm_edge.config import (
     check_bits_are_read,
 )
 from bivlm_edge.datasets import DATA_SETS, EASY_VQA_NAME
-from bivlm_edge.memory import take_huge_pages
 from bivlm_edge.pruning import parse_fraction
 from bivlm_edge.quant import methods
 from bivlm_edge.reference import REFERENCE_MODELS, resolve_model
@@ -318,7 +317,6 @@ def export(
       bivlm-export tuned.onnx --bits 1.25 --tune both
       bivlm-export float.onnx --method none
     """
-    take_huge_pages()
     # Options are checked before torch loads: a wrong one answers at once.
     check_bits_are_read(method, bits)
     fraction = parse_fraction(keep_tokens)

@@ -27,7 +27,6 @@ from bivlm_edge.compare import evaluation
 from bivlm_edge.config import QuantConfig
 from bivlm_edge.datasets import VqaItem, calibrating_data, load_questions
 from bivlm_edge.errors import BivlmError
-from bivlm_edge.memory import take_huge_pages
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.language_model import LanguageModel, load_model
 from bivlm_edge.quant.quantizer import QuantizedModel
@@ -194,7 +193,6 @@ def _peak_mb() -> float | None:
 
 
 def _main() -> int:
-    take_huge_pages()
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with it
     logging.disable_progress_bar()

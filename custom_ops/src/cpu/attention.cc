@@ -4,13 +4,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
-#include <new>
+
+#include "scratch.h"
 
 namespace bivlm {
 namespace {
-
-constexpr std::size_t kAlignment = 64;
 
 // Queries of a task: enough that the transposition of the keys is lost among their products.
 constexpr std::size_t kTaskRows = 192;
@@ -20,16 +18,6 @@ constexpr std::size_t kSerialProducts = 400000;
 
 // Tasks that run at the same time: bounds the work space.
 constexpr std::size_t kMaxWorkers = 64;
-
-struct AlignedDelete {
-  void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
-};
-using AlignedFloats = std::unique_ptr<float, AlignedDelete>;
-
-AlignedFloats Allocate(std::size_t floats) {
-  return AlignedFloats(
-      static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{kAlignment})));
-}
 
 // Appends the new keys or values of one head, behind the old ones. `write(token, to)` writes those
 // of a token of the batch.
@@ -71,7 +59,8 @@ void RunAttention(const AttentionKernel& kernel, const AttentionArgs& args,
   const std::size_t tasks = heads * blocks;
   const std::size_t workers = used.run == nullptr ? 1 : std::min(tasks, kMaxWorkers);
   const std::size_t work_floats = kernel.functions->work_floats(args, task_tokens);
-  const AlignedFloats work = Allocate(workers * work_floats);
+  const Scratch scratch(workers * work_floats * sizeof(float));
+  auto* work = reinterpret_cast<float*>(scratch.data());
 
   auto append = [&](std::size_t head) {
     const std::size_t row = head / args.kv_heads;
@@ -101,7 +90,7 @@ void RunAttention(const AttentionKernel& kernel, const AttentionArgs& args,
   used.For(workers, [&](std::size_t worker) {
     for (std::size_t index = next++; index < tasks; index = next++) {
       if (!appends_first) append(index);
-      attend(index, work.get() + worker * work_floats);
+      attend(index, work + worker * work_floats);
     }
   });
 }

@@ -67,7 +67,7 @@ def _clip(image: Image.Image, spec: ImageSpec) -> Pixels:
         height, width = _shortest_edge(image.height, image.width, spec.resize[0])
     elif spec.resize_mode != "exact":
         raise _unknown_mode(spec)
-    pixels = _resized(image, height, width, spec.resample)
+    pixels = np.asarray(_resized(image, height, width, spec.resample))
     return pixels if spec.crop is None else _center_crop(pixels, *spec.crop)
 
 
@@ -86,22 +86,23 @@ def _idefics3(image: Image.Image, spec: ImageSpec) -> Picture:
         raise _unknown_mode(spec)
     tile = spec.crop[0]
     height, width = _longest_edge(image.height, image.width, spec.resize[0])
-    image = Image.fromarray(_resized(image, height, width, spec.resample))
+    image = _resized(image, height, width, spec.resample)
     if not spec.split_tiles:
         whole = _resized(image, tile, tile, spec.resample)
-        return Picture(_normalized(whole, spec)[np.newaxis])
+        return Picture(_normalized(np.asarray(whole), spec)[np.newaxis])
     height, width = _tiled_size(height, width, tile)
-    pixels = _resized(image, height, width, spec.resample)
+    image = _resized(image, height, width, spec.resample)
     if height <= tile and width <= tile:
-        return Picture(_normalized(pixels, spec)[np.newaxis])
+        return Picture(_normalized(np.asarray(image), spec)[np.newaxis])
     rows, columns = height // tile, width // tile
     tiles = [
-        pixels[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
+        image.crop((column * tile, row * tile, (column + 1) * tile, (row + 1) * tile))
         for row in range(rows)
         for column in range(columns)
     ]
-    tiles.append(_resized(Image.fromarray(pixels), tile, tile, spec.resample))
-    return Picture(np.stack([_normalized(piece, spec) for piece in tiles]), rows, columns)
+    tiles.append(_resized(image, tile, tile, spec.resample))
+    normalized = [_normalized(np.asarray(piece), spec) for piece in tiles]
+    return Picture(np.stack(normalized), rows, columns)
 
 
 def _unknown_mode(spec: ImageSpec) -> BundleError:
@@ -150,13 +151,13 @@ def _tiled_size(height: int, width: int, tile: int) -> tuple[int, int]:
     return height, width
 
 
-def _resized(image: Image.Image, height: int, width: int, resample: int) -> Pixels:
+def _resized(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
     if height * width > _MOST_RESIZED_PIXELS:
         raise DataError(
             f"a picture of {image.width} x {image.height} would be resized to {width} x {height} "
             f"pixels; up to {_MOST_RESIZED_PIXELS:,} pixels are accepted. Crop the picture."
         )
-    return np.asarray(image.resize((width, height), resample=Image.Resampling(resample)))
+    return image.resize((width, height), resample=Image.Resampling(resample))
 
 
 def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:

@@ -15,6 +15,7 @@ from bivlm_edge.runtime.session import VlmSession
 
 GROWTH = 256  # positions that a full cache gains
 CACHE_LINE = 64  # bytes
+_ARENA_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
 
 
 class KvCache:
@@ -192,6 +193,10 @@ class BoundRun:
         self._binding = session.ort.io_binding()
         self._bind_inputs()
         self._rebinds = session.provider != CPU
+        self._options = ort.RunOptions()
+        if count > 1 and session.provider == CPU:
+            # what the activations of a prompt took is not kept while its answer is written
+            self._options.add_run_config_entry(_ARENA_SHRINKAGE, "cpu:0")
         self._binding.bind_ortvalue_output("logits", self._values["logits"])
         if kept:
             self._binding.bind_output("kept_indices")
@@ -218,7 +223,7 @@ class BoundRun:
         self._past_length[...] = past_length
         if self._rebinds:  # what a GPU reads is copied there when it is bound
             self._bind_inputs()
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, self._options)
 
     def kept_indices(self) -> NDArray[np.int64]:
         """Return int64 `[kept tokens]` of the last run."""

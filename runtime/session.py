@@ -117,7 +117,6 @@ def load(
     provider: str = CPU,
     custom_ops: bool = True,
     threads: int | None = None,
-    arena: bool = True,
     profile_prefix: Path | None = None,
     graph: bytes | None = None,
 ) -> VlmSession:
@@ -133,8 +132,6 @@ def load(
         custom_ops: Run the operators of the library; False runs their fallback, which stock
             ONNX Runtime has too.
         threads: Threads of one operator; None: as many as physical cores.
-        arena: Let ONNX Runtime keep freed memory for the next run. Without it memory falls back
-            after a long prompt, but a long KV cache is allocated anew for every token.
         profile_prefix: Record the time of every node; `ort.end_profiling()` then writes them to
             a file whose name starts so, and returns the name.
         graph: A changed copy of the model's graph to run in its place, serialized; its external
@@ -169,7 +166,6 @@ def load(
         _require_overloads(paths.graph)
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_FATAL
-    options.enable_cpu_mem_arena = arena
     # Its plan keeps the buffers of one layer for the same ones of the next, all layers long; the
     # arena finds them again as fast (docs/PERFORMANCE.md, Memory).
     options.enable_mem_reuse = False

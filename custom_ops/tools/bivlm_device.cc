@@ -7,6 +7,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "arguments.h"
 #include "bench.h"
 #include "bundle.h"
@@ -124,6 +128,13 @@ void CheckArguments(const Arguments& arguments) {
   }
 }
 
+// As runtime/process_memory.py: glibc would keep freed memory, the more the larger the blocks.
+void ReturnFreedMemory() {
+#ifdef __GLIBC__
+  mallopt(M_TRIM_THRESHOLD, 128 << 10);
+#endif
+}
+
 int Run(const std::vector<std::string>& words) {
   const Arguments arguments = ParseArguments(words);
   if (arguments.help) {
@@ -150,6 +161,7 @@ int Run(const std::vector<std::string>& words) {
 }  // namespace bivlm::device
 
 int main(int count, char** words) {
+  bivlm::device::ReturnFreedMemory();
   try {
     return bivlm::device::Run({words + 1, words + count});
   } catch (const bivlm::device::Error& error) {

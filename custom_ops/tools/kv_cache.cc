@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kGrowth = 256;  // positions that a full cache gains
 constexpr std::size_t kCacheLine = 64;
+constexpr char kArenaShrinkage[] = "memory.enable_memory_arena_shrinkage";
 
 std::string TooLong(int64_t tokens, int64_t context) {
   return std::to_string(tokens) + " tokens do not fit into the context: the model takes " +
@@ -31,6 +32,7 @@ class BoundRun {
     ort::IoBinding* made = nullptr;
     runtime.Check(ort::CreateIoBinding::Call(runtime.api(), session_.ort(), &made));
     binding_ = OwnedBinding(made, {runtime.api()});
+    SetOptions(count);
     const auto tokens = static_cast<int64_t>(count);
     Input("input_ids", ort::ElementType::kInt64, {1, tokens}, token_ids_.data(), count * 8);
     positions_.resize(manifest.image_grid.has_value() ? 3 * count : count);
@@ -77,7 +79,7 @@ class BoundRun {
       for (const auto& input : inputs_) BindInput(input);
     }
     runtime.Check(
-        ort::RunWithBinding::Call(runtime.api(), session_.ort(), nullptr, binding_.get()));
+        ort::RunWithBinding::Call(runtime.api(), session_.ort(), options_.get(), binding_.get()));
   }
 
   // Of the last run; a single token is always kept.
@@ -107,6 +109,16 @@ class BoundRun {
   }
 
  private:
+  // What the activations of a prompt took on the CPU is not kept while its answer is written.
+  void SetOptions(std::size_t count) {
+    const OrtRuntime& runtime = session_.runtime();
+    ort::RunOptions* made = nullptr;
+    runtime.Check(ort::CreateRunOptions::Call(runtime.api(), &made));
+    options_ = OwnedRunOptions(made, {runtime.api()});
+    if (count == 1 || session_.gpu() != nullptr) return;
+    runtime.Check(ort::AddRunConfigEntry::Call(runtime.api(), made, kArenaShrinkage, "cpu:0"));
+  }
+
   void Input(const char* name, ort::ElementType type, const std::vector<int64_t>& dims, void* data,
              std::size_t bytes) {
     const OrtRuntime& runtime = session_.runtime();
@@ -144,6 +156,7 @@ class BoundRun {
   std::vector<OwnedValue> values_;  // views of the members above
   std::vector<std::pair<const char*, const ort::Value*>> inputs_;
   OwnedBinding binding_;
+  OwnedRunOptions options_;
 };
 
 KvCache::KvCache(const Session& session, int64_t capacity) : session_(session) {

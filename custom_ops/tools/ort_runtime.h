@@ -62,6 +62,7 @@ using Owned = std::unique_ptr<Handle, Releaser<Handle, Release>>;
 using OwnedBinding = Owned<ort::IoBinding, ort::ReleaseIoBinding>;
 using OwnedMemoryInfo = Owned<ort::MemoryInfo, ort::ReleaseMemoryInfo>;
 using OwnedOptions = Owned<ort::SessionOptions, ort::ReleaseSessionOptions>;
+using OwnedRunOptions = Owned<ort::RunOptions, ort::ReleaseRunOptions>;
 using OwnedSession = Owned<ort::Session, ort::ReleaseSession>;
 using OwnedTypeInfo = Owned<ort::TypeInfo, ort::ReleaseTypeInfo>;
 using OwnedValue = Owned<ort::Value, ort::ReleaseValue>;

@@ -1,8 +1,9 @@
-"""Weights stay in the file: loading a model maps them and makes no anonymous copy."""
+"""What stays in memory: of weights nothing but the mapped file, of a prompt its KV cache."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from onnx_ir.tape import Tape
 
 import bivlm_edge
+from bivlm_edge.bundle import BundlePaths
 from bivlm_edge.export import data_file
 
 MEGABYTES = int(os.environ.get("BIVLM_TEST_WEIGHT_MB", "128"))
@@ -31,6 +33,49 @@ before = anonymous_kib()
 session = onnxruntime.InferenceSession(sys.argv[1], options)
 print((anonymous_kib() - before) // 1024, anonymous_kib() // 1024)
 """
+
+PROMPT = """
+import sys
+import numpy as np
+from bivlm_edge.runtime import KvCache, load
+from bivlm_edge.runtime.generate import run_step
+from bivlm_edge.runtime.process_memory import memory_bytes, return_freed_memory
+
+return_freed_memory()
+session = load(sys.argv[1], threads=1)
+tokens = session.manifest.context_length - 1
+cache = KvCache(session, tokens + 1)
+run_step(session, np.full(1, 30), cache)
+before = memory_bytes()["rss_anon"]
+run_step(session, np.full(tokens, 30), cache)
+print(memory_bytes()["rss_anon"] - before - cache.used_bytes)
+"""
+
+FREED = """
+import sys
+import numpy as np
+from bivlm_edge.runtime.process_memory import memory_bytes, return_freed_memory
+
+if sys.argv[1] == "return":
+    return_freed_memory()
+array = np.ones(30 << 20, np.uint8)
+del array  # malloc's threshold rises to this size
+before = memory_bytes()["rss_anon"]
+array = np.ones(20 << 20, np.uint8)
+del array
+print(memory_bytes()["rss_anon"] - before)
+"""
+
+on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads /proc/self/status"
+)
+
+
+def printed(script: str, *arguments: str) -> list[int]:
+    """Run a script in a process of its own; return the numbers that it prints."""
+    command = [sys.executable, "-P", "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(value) for value in done.stdout.split()]
 
 
 def write_stack(path: Path, megabytes: int) -> int:
@@ -64,19 +109,25 @@ def write_stack(path: Path, megabytes: int) -> int:
     return written
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@on_linux
 def test_loading_maps_the_weights(tmp_path: Path) -> None:
     written = write_stack(tmp_path / "stack.onnx", MEGABYTES)
     assert (tmp_path / "stack.onnx.data").stat().st_size >= written
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        LOAD,
-        str(tmp_path / "stack.onnx"),
-        bivlm_edge.custom_ops_library(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    growth, anonymous = (int(value) for value in done.stdout.split())
+    library = bivlm_edge.custom_ops_library()
+    growth, anonymous = printed(LOAD, str(tmp_path / "stack.onnx"), library)
     assert growth < 16, f"loading {written >> 20} MiB of weights grew RssAnon by {growth} MiB"
     assert anonymous < 100, f"RssAnon is {anonymous} MiB after load"
+
+
+@on_linux
+def test_activations_of_a_prompt_are_given_back(float_export: BundlePaths) -> None:
+    (left,) = printed(PROMPT, str(float_export.graph))
+    assert left < 4 << 20  # 1,023 tokens take 16 MiB
+
+
+@on_linux
+def test_freed_blocks_are_given_back() -> None:
+    (left,) = printed(FREED, "return")
+    assert left < 1 << 20
+    if platform.libc_ver()[0] == "glibc":
+        assert printed(FREED, "keep")[0] > 16 << 20

@@ -161,6 +161,7 @@ struct ApiFunction<slot, Result(Arguments...)> {
   F(SessionGetOutputName, 37, Status*(const Session*, std::size_t index, Allocator*, char** name)) \
   F(SessionGetOverridableInitializerName, 38,                                                      \
     Status*(const Session*, std::size_t index, Allocator*, char** name))                           \
+  F(CreateRunOptions, 39, Status*(RunOptions**))                                                   \
   F(CreateTensorWithDataAsOrtValue, 49,                                                            \
     Status*(const MemoryInfo*, void* data, std::size_t bytes, const int64_t* dims,                 \
             std::size_t rank, ElementType, Value**))                                               \
@@ -174,6 +175,7 @@ struct ApiFunction<slot, Result(Arguments...)> {
   F(ReleaseMemoryInfo, 94, void(MemoryInfo*))                                                      \
   F(ReleaseSession, 95, void(Session*))                                                            \
   F(ReleaseValue, 96, void(Value*))                                                                \
+  F(ReleaseRunOptions, 97, void(RunOptions*))                                                      \
   F(ReleaseTypeInfo, 98, void(TypeInfo*))                                                          \
   F(ReleaseSessionOptions, 100, void(SessionOptions*))                                             \
   F(GetAvailableProviders, 125, Status*(char*** names, int* count))                                \
@@ -186,6 +188,7 @@ struct ApiFunction<slot, Result(Arguments...)> {
   F(BindOutputToDevice, 138, Status*(IoBinding*, const char* name, const MemoryInfo*))             \
   F(GetBoundOutputValues, 140,                                                                     \
     Status*(const IoBinding*, Allocator*, Value*** values, std::size_t* count))                    \
+  F(AddRunConfigEntry, 165, Status*(RunOptions*, const char* key, const char* value))              \
   F(SessionOptionsAppendExecutionProvider_CUDA_V2, 204,                                            \
     Status*(SessionOptions*, const CudaProviderOptions*))                                          \
   F(CreateCUDAProviderOptions, 205, Status*(CudaProviderOptions**))                                \

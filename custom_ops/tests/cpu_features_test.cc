@@ -57,7 +57,25 @@ bool TilesAreGranted() {
 #endif
 }
 
+// 0 where Linux does not say.
+std::size_t L1DataBytesOfLinux() {
+  for (const char* index : {"index0", "index1"}) {
+    const std::string folder = std::string("/sys/devices/system/cpu/cpu0/cache/") + index;
+    std::string type;
+    std::size_t level = 0;
+    std::size_t kib = 0;
+    std::ifstream(folder + "/type") >> type;
+    std::ifstream(folder + "/level") >> level;
+    std::ifstream(folder + "/size") >> kib;
+    if (type == "Data" && level == 1) return kib << 10;
+  }
+  return 0;
+}
+
 void ExpectFlags(Checker* check, const std::set<std::string>& flags) {
+  if (const std::size_t want = L1DataBytesOfLinux(); want != 0) {
+    check->Expect(L1DataBytes() == want, "L1: got ", L1DataBytes(), ", Linux says ", want);
+  }
   const bool avx2 = HasAll(flags, {"avx2", "fma", "f16c"});
   const bool avx512 = HasAll(flags, {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"});
   check->Expect(((SupportedIsa() & isa::kAvx2) != 0) == avx2, "avx2: /proc/cpuinfo says ", avx2);

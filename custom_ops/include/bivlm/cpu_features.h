@@ -2,6 +2,7 @@
 #ifndef BIVLM_CPU_FEATURES_H_
 #define BIVLM_CPU_FEATURES_H_
 
+#include <cstddef>
 #include <cstdint>
 
 namespace bivlm {
@@ -24,6 +25,9 @@ inline constexpr IsaSet kI8mm = 1U << 7;      // its int8 matrix products (ARMv8
 // tile registers of AMX, which it gives to processes that ask; with other systems AMX is not used,
 // nor are the int8 products of ARM.
 IsaSet SupportedIsa();
+
+// Bytes of a core's first data cache; 0 where CPUID does not say, and on ARM.
+std::size_t L1DataBytes();
 
 }  // namespace bivlm
 

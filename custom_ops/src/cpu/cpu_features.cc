@@ -50,6 +50,25 @@ bool HasAmxInt8() {
 bool HasAmxInt8() { return false; }
 #endif
 
+// Intel SDM volume 2A, CPUID, leaf 4; AMD64 manual volume 3, E.4.15, which has the same fields.
+std::size_t DataCacheBytes(unsigned leaf) {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  for (unsigned index = 0; __get_cpuid_count(leaf, index, &a, &b, &c, &d) != 0; ++index) {
+    const unsigned kind = a & 31;
+    const unsigned level = a >> 5 & 7;
+    if (kind == 0) break;
+    if (kind != 1 || level != 1) continue;
+    const std::size_t line = (b & 4095) + 1;
+    const std::size_t partitions = (b >> 12 & 1023) + 1;
+    const std::size_t ways = (b >> 22) + 1;
+    return line * partitions * ways * (std::size_t{c} + 1);
+  }
+  return 0;
+}
+
 }  // namespace
 #endif
 
@@ -87,6 +106,22 @@ static IsaSet FindIsa() {
 IsaSet SupportedIsa() {
   static const IsaSet supported = FindIsa();
   return supported;
+}
+
+static std::size_t FindL1DataBytes() {
+#if defined(__x86_64__)
+  constexpr unsigned kIntel = 4;
+  constexpr unsigned kAmd = 0x8000001D;
+  const std::size_t bytes = DataCacheBytes(kAmd);
+  return bytes != 0 ? bytes : DataCacheBytes(kIntel);
+#else
+  return 0;
+#endif
+}
+
+std::size_t L1DataBytes() {
+  static const std::size_t bytes = FindL1DataBytes();
+  return bytes;
 }
 
 }  // namespace bivlm

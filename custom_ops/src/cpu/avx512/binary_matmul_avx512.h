@@ -32,6 +32,34 @@ namespace {
 
 constexpr std::size_t kMaxStreams = kMaxPlanes + 2;
 
+// Decode fetches codes this far before they are multiplied.
+constexpr std::size_t kPrefetchBytes = 8 << 10;
+constexpr std::size_t kNearBytes = 1 << 10;
+
+// Whether codes are fetched into L2 first, and into L1 when they are near. On Zen 4 (32 KiB of L1)
+// fewer misses of L1 are on their way at a time than memory needs: 4096 x 4096 cold took 237 us
+// straight into L1, 159 us so. On Zen 5 (48 KiB) straight into L1 is a twelfth faster.
+inline bool FetchesThroughL2() {
+  constexpr std::size_t kLargeL1 = 48 << 10;
+  return L1DataBytes() != 0 && L1DataBytes() < kLargeL1;
+}
+
+// Fetches `bytes` at `next`, kPrefetchBytes ahead of the multiplication.
+template <bool through_l2, std::size_t bytes>
+void PrefetchLines(const uint8_t* next) {
+  const auto* far = reinterpret_cast<const char*>(next);
+  const char* near = far - (kPrefetchBytes - kNearBytes);
+#pragma GCC unroll 8
+  for (std::size_t line = 0; line < bytes; line += 64) {
+    if constexpr (through_l2) {
+      _mm_prefetch(far + line, _MM_HINT_T1);
+      _mm_prefetch(near + line, _MM_HINT_T0);
+    } else {
+      _mm_prefetch(far + line, _MM_HINT_T0);
+    }
+  }
+}
+
 // What a stream needs of a panel's coefficients, one row per 32-bit lane.
 struct Codebook {
   __m512i by_row;   // pairs: byte 4 r + c of a quarter = level of code c in row r, + 128

@@ -18,7 +18,6 @@ namespace bivlm {
 namespace {
 
 // As in the decode kernel of avx512.
-constexpr std::size_t kPrefetchBytes = 8 << 10;
 constexpr std::size_t kTouchBytes = 64 << 10;
 constexpr std::size_t kPrefetchPanels = 4;
 
@@ -29,12 +28,9 @@ constexpr std::size_t kTouchStep = 4096;
 // two panels, or a longer lead, would drive the tables out of the L1 cache.
 constexpr std::size_t PanelsOf(std::size_t tokens) { return tokens == 1 ? 1 : 2; }
 
-template <std::size_t bytes>
+template <bool through_l2, std::size_t bytes>
 void PrefetchCodes(const uint8_t** next) {
-#pragma GCC unroll 8
-  for (std::size_t line = 0; line < bytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(*next + line), _MM_HINT_T0);
-  }
+  PrefetchLines<through_l2, bytes>(*next);
   if (reinterpret_cast<std::uintptr_t>(*next) % kTouchStep < bytes) {
     _mm_prefetch(reinterpret_cast<const char*>(*next + kTouchBytes), _MM_HINT_T1);
   }
@@ -46,7 +42,7 @@ inline __m512i AddLookup(__m512i sum, __m512i index, __m512i table) {
 }
 
 // Adds a stream of What * v to sums.
-template <std::size_t tokens, std::size_t panels, bool is_pair>
+template <bool through_l2, std::size_t tokens, std::size_t panels, bool is_pair>
 void AddStream(const BinaryMatMulWeight& weight, const BinaryMatMulStream& stream,
                std::size_t panel, const LookupRow (&rows)[tokens], const uint8_t** prefetch,
                __m512 (&sums)[panels][tokens]) {
@@ -67,7 +63,7 @@ void AddStream(const BinaryMatMulWeight& weight, const BinaryMatMulStream& strea
   }
   const uint8_t* next = *prefetch;
   for (std::size_t chunk = stream.chunk_begin; chunk < stream.chunk_end; ++chunk) {
-    PrefetchCodes<panels * kPlanes * kPlaneBlockBytes>(&next);
+    PrefetchCodes<through_l2, panels * kPlanes * kPlaneBlockBytes>(&next);
     __m512i dots[panels][tokens][kPlanes];
 #pragma GCC unroll 2
     for (std::size_t p = 0; p < panels; ++p) {
@@ -142,7 +138,7 @@ void PrefetchCoefficients(const BinaryMatMulWeight& weight, std::size_t panel) {
   }
 }
 
-template <std::size_t tokens, std::size_t panels>
+template <bool through_l2, std::size_t tokens, std::size_t panels>
 void MultiplyPanels(const BinaryMatMulArgs& args, std::size_t row, const LookupRow (&rows)[tokens],
                     std::size_t panel) {
   const BinaryMatMulWeight& weight = *args.weight;
@@ -155,9 +151,11 @@ void MultiplyPanels(const BinaryMatMulArgs& args, std::size_t row, const LookupR
   }
   for (std::size_t s = 0; s < weight.stream_count; ++s) {
     if (weight.streams[s].is_pair) {
-      AddStream<tokens, panels, true>(weight, weight.streams[s], panel, rows, &prefetch, sums);
+      AddStream<through_l2, tokens, panels, true>(weight, weight.streams[s], panel, rows, &prefetch,
+                                                  sums);
     } else {
-      AddStream<tokens, panels, false>(weight, weight.streams[s], panel, rows, &prefetch, sums);
+      AddStream<through_l2, tokens, panels, false>(weight, weight.streams[s], panel, rows,
+                                                   &prefetch, sums);
     }
   }
   for (std::size_t p = 0; p < panels; ++p) {
@@ -167,7 +165,7 @@ void MultiplyPanels(const BinaryMatMulArgs& args, std::size_t row, const LookupR
   }
 }
 
-template <std::size_t tokens>
+template <bool through_l2, std::size_t tokens>
 void MultiplyTile(const BinaryMatMulArgs& args, std::size_t row, std::size_t panel_begin,
                   std::size_t panel_end, std::byte* prepared) {
   const BinaryMatMulWeight& weight = *args.weight;
@@ -178,19 +176,22 @@ void MultiplyTile(const BinaryMatMulArgs& args, std::size_t row, std::size_t pan
   constexpr std::size_t kPanels = PanelsOf(tokens);
   std::size_t panel = panel_begin;
   for (; panel + kPanels <= panel_end; panel += kPanels) {
-    MultiplyPanels<tokens, kPanels>(args, row, rows, panel);
+    MultiplyPanels<through_l2, tokens, kPanels>(args, row, rows, panel);
   }
-  if (panel < panel_end) MultiplyPanels<tokens, 1>(args, row, rows, panel);
+  if (panel < panel_end) MultiplyPanels<through_l2, tokens, 1>(args, row, rows, panel);
 }
 
 using TileFunction = void (*)(const BinaryMatMulArgs&, std::size_t, std::size_t, std::size_t,
                               std::byte*);
-constexpr TileFunction kTiles[kMaxLookupTokens] = {MultiplyTile<1>, MultiplyTile<2>,
-                                                   MultiplyTile<3>, MultiplyTile<4>};
+template <bool through_l2>
+constexpr TileFunction kTiles[kMaxLookupTokens] = {
+    MultiplyTile<through_l2, 1>, MultiplyTile<through_l2, 2>, MultiplyTile<through_l2, 3>,
+    MultiplyTile<through_l2, 4>};
 
 void MultiplyByLookup(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
                       std::size_t panel_begin, std::size_t panel_end, const std::byte* prepared) {
-  const TileFunction multiply = kTiles[row_end - row_begin - 1];
+  const std::size_t tile = row_end - row_begin - 1;
+  const TileFunction multiply = FetchesThroughL2() ? kTiles<true>[tile] : kTiles<false>[tile];
   multiply(args, row_begin, panel_begin, panel_end, const_cast<std::byte*>(prepared));
 }
 

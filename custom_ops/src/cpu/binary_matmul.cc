@@ -2,13 +2,11 @@
 #include "bivlm/binary_matmul.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
+
+#include "scratch.h"
 
 namespace bivlm {
 namespace {
-
-constexpr std::size_t kAlignment = 64;
 
 // Rows that are prepared together: bounds the memory for prepared rows, while the weight is still
 // read only once per 256 tokens.
@@ -28,19 +26,6 @@ constexpr std::size_t kMaxPrepareTasks = 16;
 // tasks from 8.6 to 6.2 us and 4.5 tasks from 15.7 to 9.7 us, while 2.75 tasks at m = 8 rose from
 // 7.4 to 9.3 us (ONNX Runtime 1.31.1, avx512).
 constexpr std::size_t kSerialTasks = 4;
-
-struct AlignedDelete {
-  void operator()(std::byte* memory) const {
-    ::operator delete(memory, std::align_val_t{kAlignment});
-  }
-};
-using AlignedBytes = std::unique_ptr<std::byte, AlignedDelete>;
-
-AlignedBytes Allocate(std::size_t bytes) {
-  return AlignedBytes(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
-}
-
-std::size_t CeilDivide(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
 std::string ListOf(const BinaryMatMulShape& shape) {
   std::string text = "(";
@@ -141,7 +126,7 @@ void RunBinaryMatMul(const BinaryMatMulKernel& kernel, const BinaryMatMulArgs& a
              : std::clamp<std::size_t>(pass_rows * weight.k_padded / kPrepareTaskChannels, 1,
                                        std::min(pass_rows, kMaxPrepareTasks));
   const std::size_t work_bytes = weight.k_padded * sizeof(float);
-  const AlignedBytes scratch = Allocate(pass_rows * row_bytes + prepare_tasks * work_bytes);
+  const Scratch scratch = AllocateScratch(pass_rows * row_bytes + prepare_tasks * work_bytes);
   std::byte* prepared = scratch.get();
   std::byte* work = prepared + pass_rows * row_bytes;
 

@@ -3,6 +3,7 @@
 // A 32-bit lane of a vector of codes holds four bytes: 4 columns, or 8 at 4 bits. A lane's products
 // are exact integers; times the scale of its block they are added in float, lane by lane. `Isa` has
 //   Vec, kLanes, Widen, ToHalves, ..    a struct `Vectors` (vectors_<isa>.h)
+//   kStreams                            rows side by side for one or two tokens, as registers allow
 //   Ints, ToFloats, MultiplyAdd         integers of the lanes, to floats, a * b + sum
 //   struct Levels<bits>, Load<bits>(codes)    a vector of codes, ready for Dot
 //   Ints Dot<bits>(levels, q, start)    the products of a lane: with codes as they are, from start
@@ -41,10 +42,12 @@ struct GroupProducts {
 
   // Rows that are multiplied side by side and share the loads of activations. They lie far apart,
   // so that each is the head of a stream that goes through memory in its order, as the CPU's
-  // prefetchers expect it: the head of SmolVLM-256M, cold, was read at 94 to 97 % of the speed of a
-  // plain read, with neighbouring rows at a third, and prefetches 4 to 64 KiB ahead made that 60 %
-  // (avx512, one of two cores of a Zen 4 with other jobs beside).
-  static constexpr std::size_t StreamsOf(std::size_t tokens) { return tokens <= 2 ? 4 : 2; }
+  // prefetchers expect it: the head of SmolVLM-256M, cold, was read at 87 to 97 % of the speed of a
+  // plain read, with neighbouring rows at a third of it, and with these and prefetches 4 to 64 KiB
+  // ahead at 60 % (avx512, one of two cores of a Zen 4 with other jobs beside).
+  static constexpr std::size_t StreamsOf(std::size_t tokens) {
+    return tokens <= 2 ? Isa::kStreams : std::min<std::size_t>(Isa::kStreams, 2);
+  }
 
   using Scales = float[kSegment + kPaddingBlocks];  // of the blocks of a segment and a token
 

@@ -9,6 +9,7 @@ namespace bivlm {
 namespace {
 
 struct GroupLanesAvx2 : Vectors {
+  static constexpr std::size_t kStreams = 1;
   static __m256i LoadBytes(const void* bytes) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(bytes));
   }

@@ -12,6 +12,7 @@ namespace bivlm {
 namespace {
 
 struct Avx512 : Vectors {
+  static constexpr std::size_t kStreams = 4;
   typedef int32_t Ints __attribute__((vector_size(64)));
 
   template <std::size_t bits>

@@ -9,6 +9,7 @@ namespace bivlm {
 namespace {
 
 struct GroupLanesNeon : Vectors {
+  static constexpr std::size_t kStreams = 4;
   template <std::size_t bits>
   struct Levels {
     int8x16_t low;   // at 8 bits the levels; at 4 bits the codes of even columns

@@ -69,7 +69,7 @@ struct Avx512 : Vectors {
 
 }  // namespace
 
-const GroupMatMulFunctions GroupMatMulAvx512 = {1U << 20, PrepareInt8Avx512,
+const GroupMatMulFunctions GroupMatMulAvx512 = {1U << 21, PrepareInt8Avx512,
                                                 MultiplyGroups<Avx512>};
 
 }  // namespace bivlm

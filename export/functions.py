@@ -13,6 +13,7 @@ from bivlm_edge.export import (
     fallback,
     fallback_attention,
     fallback_gated_silu,
+    fallback_group_matmul,
     fallback_prune,
     schemas,
 )
@@ -50,6 +51,10 @@ def _function(
         return matmul.overload, partial(
             fallback.binary_matmul_function, matmul, kind, matmul.overload, opset
         )
+    if node.op_type == "GroupMatMul":
+        bits = node.attributes["bits"].as_int()
+        overload = fallback_group_matmul.overload(kind, bits)
+        return overload, partial(fallback_group_matmul.group_matmul_function, kind, bits, opset)
     if node.op_type == "GroupQueryAttention":
         return "", partial(fallback_attention.group_query_attention_function, opset)
     if node.op_type == "GatedSiLU":

@@ -72,13 +72,15 @@ def installed(
             frequencies stay float32).
     """
     module = vlm.module
+    head = module.get_output_embeddings()
     linears: dict[str, nn.Linear] = {name: module.get_submodule(name) for name in weights}
     for name, weight in weights.items():
         bias = None if linears[name].bias is None else linears[name].bias.detach()
         if isinstance(weight, BinaryWeight):
             module.set_submodule(name, torch_ops.BinaryLinear(weight, bias))
         elif isinstance(weight, GroupWeight):
-            module.set_submodule(name, torch_ops.GroupLinear(weight, bias))
+            kind = torch_ops.GroupHead if linears[name] is head else torch_ops.GroupLinear
+            module.set_submodule(name, kind(weight, bias))
     floats = {
         tensor: tensor.data for tensor in module.parameters() if tensor.dtype == torch.float32
     }

@@ -2,7 +2,7 @@
 
 Every other implementation is tested against this one, so it shares no code with them. The classes
 serve `onnx.reference.ReferenceEvaluator(model, new_ops=[BinaryMatMul, GatedSiLU,
-GroupQueryAttention, TokenPrune])`. What TokenPrune computes is in reference_prune.py.
+GroupMatMul, GroupQueryAttention, TokenPrune])`. What TokenPrune computes is in reference_prune.py.
 """
 
 from __future__ import annotations
@@ -86,6 +86,23 @@ class GroupQueryAttention(OpRun):
             scale=scale or 0.0,
         )
         return output.astype(qkv.dtype), present_key, present_value
+
+
+class GroupMatMul(OpRun):
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        x: Array,
+        codes: Array,
+        scales: Array,
+        K: int = 0,  # noqa: N803
+        N: int = 0,  # noqa: N803
+        bits: int = 8,
+        block_size: int = 0,
+    ) -> tuple[Array]:
+        y = group_matmul(x, codes, scales, K=K, N=N, bits=bits, block_size=block_size)
+        return (y.astype(x.dtype),)
 
 
 class GatedSiLU(OpRun):
@@ -190,6 +207,27 @@ def binary_matmul(
     v = transform(x, signs, order, K, hadamard_block)
     finite = np.isfinite(x).all(axis=-1, keepdims=True)
     return np.where(finite, np.where(finite, v, 0.0) @ weight.T, np.nan)
+
+
+def group_matmul(
+    x: Array,
+    codes: Array,
+    scales: Array,
+    *,
+    K: int,  # noqa: N803
+    N: int,  # noqa: N803
+    bits: int,
+    block_size: int,
+) -> NDArray[np.float64]:
+    """Return x * What^T, `[..., N]`."""
+    weight = np.zeros((N, K))
+    for j in range(K):
+        block, column = divmod(j, block_size)
+        byte = codes[:, block, column * bits // 8].astype(np.int64)
+        code = byte >> column * bits % 8 & 2**bits - 1
+        weight[:, j] = (code - 2 ** (bits - 1)) * scales[:, block].astype(np.float64)
+    finite = np.isfinite(x).all(axis=-1, keepdims=True)
+    return np.where(finite, np.where(finite, x, 0.0) @ weight.T, np.nan)
 
 
 def transform(

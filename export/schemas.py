@@ -37,9 +37,10 @@ _FLOATS = ["tensor(float)", "tensor(float16)"]
 
 
 def register() -> None:
-    """Register the five schemas with `onnx.defs`; a second call does nothing."""
+    """Register the six schemas with `onnx.defs`; a second call does nothing."""
     for schema in (
         _binary_matmul_schema(),
+        _group_matmul_schema(),
         _attention_schema(),
         _gated_silu_schema(),
         _token_prune_schema(),
@@ -77,6 +78,33 @@ def _binary_matmul_schema() -> defs.OpSchema:
         ],
     )
     schema.set_type_and_shape_inference_function(_reported("BinaryMatMul", _infer_binary_matmul))
+    return schema
+
+
+def _group_matmul_schema() -> defs.OpSchema:
+    schema = defs.OpSchema(
+        "GroupMatMul",
+        DOMAIN,
+        OPSET_VERSION,
+        doc=(
+            "Y = X * What^T, What[i, j] = (code[i, j] - 2^(bits - 1)) * scale[i, j / block_size]. "
+            "The numbers: OPS.md."
+        ),
+        inputs=[
+            _Parameter("X", "T", "activations [..., K]"),
+            _Parameter("codes", "tensor(uint8)", "[N, K / block_size, block_size * bits / 8]"),
+            _Parameter("scales", "tensor(float16)", "[N, K / block_size]"),
+        ],
+        outputs=[_Parameter("Y", "T", "[..., N]")],
+        type_constraints=[("T", _FLOATS, "float32 or float16")],
+        attributes=[
+            _Attribute("K", _AttrType.INT, "input features"),
+            _Attribute("N", _AttrType.INT, "output features"),
+            _Attribute("bits", _AttrType.INT, "bits per code: 4 or 8"),
+            _Attribute("block_size", _AttrType.INT, "input features per scale: 16, 32 or 64"),
+        ],
+    )
+    schema.set_type_and_shape_inference_function(_reported("GroupMatMul", _infer_group_matmul))
     return schema
 
 
@@ -252,19 +280,44 @@ def _infer_binary_matmul(context: InferenceContext) -> None:
     padded_k, panels = -(-k // 64) * 64, -(-n // 16)
     bounds = [*columns, 0]
     slots = sum(c for c in range(1, len(bounds)) if bounds[c - 1] > bounds[c])
-    for index, name, shape in (
+    _require_shapes(
+        context,
+        "K, N and plane_columns",
         (1, "codes", [panels, 2 * sum(columns)]),
         (2, "coefficients", [panels, slots, 16]),
         (3, "signs", [padded_k // 8]),
-    ):
+    )
+    _infer_matmul(context)
+
+
+def _infer_group_matmul(context: InferenceContext) -> None:
+    k, n, bits, block = (_attribute(context, name).i for name in ("K", "N", "bits", "block_size"))
+    if bits not in (4, 8) or block not in (16, 32, 64) or k % block:
+        raise InferenceError(
+            f"bits = {bits}, block_size = {block} and K = {k}; bits must be 4 or 8, block_size 16, "
+            "32 or 64 and a divisor of K"
+        )
+    _require_shapes(
+        context,
+        "K, N, bits and block_size",
+        (1, "codes", [n, k // block, block * bits // 8]),
+        (2, "scales", [n, k // block]),
+    )
+    _infer_matmul(context)
+
+
+def _require_shapes(
+    context: InferenceContext, why: str, *inputs: tuple[int, str, Sequence[int]]
+) -> None:
+    """Refuse inputs (index, name, shape) of another shape, where it is known."""
+    for index, name, shape in inputs:
         dims = _dims(context, index)
         if dims is None:
             continue
         if len(dims) != len(shape):
-            raise InferenceError(f"{name} has shape {dims}; K, N and plane_columns need {shape}")
+            raise InferenceError(f"{name} has shape {dims}; {why} need {shape}")
         for dim, wanted in zip(dims, shape, strict=True):
             _require_dim(dim, wanted, f"an axis of {name} {dims}", f"the shape {shape}")
-    _infer_matmul(context)
 
 
 def _infer_attention(context: InferenceContext) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from bivlm_edge.export.fuse import layer_name, layer_rows
 from bivlm_edge.quant.layout import PANEL, padded_rows
 
-_MATMULS = ("BinaryMatMul", "MatMulNBits", "MatMul", "Gemm", "Conv")
+_MATMULS = ("BinaryMatMul", "GroupMatMul", "MatMulNBits", "MatMul", "Gemm", "Conv")
 _FIRST_WEIGHT = 1  # input 0 of all of them is the activation
 _STACKED_OF_BINARY = 2  # codes and coefficients; signs and order belong to all rows
 
@@ -134,7 +134,7 @@ def _total_bytes(tensors: Iterable[ir.TensorProtocol]) -> int:
 
 
 def _shape(node: ir.Node, weight: ir.TensorProtocol) -> tuple[int, int]:
-    if node.op_type in ("BinaryMatMul", "MatMulNBits"):
+    if node.op_type in ("BinaryMatMul", "GroupMatMul", "MatMulNBits"):
         return node.attributes["N"].as_int(), node.attributes["K"].as_int()
     shape = [int(size) for size in weight.shape.numpy()]
     if node.op_type == "Conv":

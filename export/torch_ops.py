@@ -103,6 +103,28 @@ def _(
     return x.new_empty((*x.shape[:-1], n))
 
 
+@torch.library.custom_op("bivlm::group_matmul", mutates_args=())
+def group_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, k: int, n: int, bits: int, block: int
+) -> Tensor:
+    """GroupMatMul of OPS.md: x ``(.., k)``, codes uint8 ``(n, blocks, block * bits / 8)``."""
+    y: Tensor = matmul_nbits(x, codes, scales, None, k, n, bits, block)
+    return y
+
+
+@group_matmul.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,  # noqa: ARG001 - the signature of the op
+    scales: Tensor,  # noqa: ARG001
+    k: int,  # noqa: ARG001
+    n: int,
+    bits: int,  # noqa: ARG001
+    block: int,  # noqa: ARG001
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """Return the `custom_translation_table` for `torch.onnx.export`."""
     schemas.register()
@@ -139,8 +161,14 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
             x, codes, scales, zero_points, K=k, N=n, bits=bits, block_size=block, accuracy_level=4
         )
 
+    def to_group_matmul(
+        x: Any, codes: Any, scales: Any, k: int, n: int, bits: int, block: int
+    ) -> Any:
+        return _ai_bivlm.GroupMatMul(x, codes, scales, K=k, N=n, bits=bits, block_size=block)
+
     return {
         torch.ops.bivlm.binary_matmul.default: to_binary_matmul,
+        torch.ops.bivlm.group_matmul.default: to_group_matmul,
         torch.ops.bivlm.matmul_nbits.default: to_matmul_nbits,
         **transformer_ops.translation_table(),
     }
@@ -209,6 +237,28 @@ class GroupLinear(nn.Module):
             self.block,
         )
         y = y.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class GroupHead(GroupLinear):
+    """The output head on symmetric codes, written as GroupMatMul: ``(.., k)`` to ``(.., n)``."""
+
+    def __init__(self, weight: GroupWeight, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        if self.zero_points is not None:
+            raise ValueError("the codes of a head lie around half of their range")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the weight and the bias."""
+        y: Tensor = torch.ops.bivlm.group_matmul(
+            x,
+            self.codes,
+            self.scales,
+            self.in_features,
+            self.out_features,
+            self.bits,
+            self.block,
+        )
         return y if self.bias is None else y + self.bias
 
 

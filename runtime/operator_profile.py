@@ -13,7 +13,7 @@ from bivlm_edge.errors import BundleError
 # The products of a matrix, packed or not; everything else moves, normalizes or attends.
 MATMUL_OPERATORS = frozenset(
     (
-        *("BinaryMatMul", "MatMulNBits", "MatMul", "Gemm", "Conv"),
+        *("BinaryMatMul", "GroupMatMul", "MatMulNBits", "MatMul", "Gemm", "Conv"),
         *("FusedMatMul", "FusedGemm", "FusedConv", "NhwcFusedConv"),
     )
 )

@@ -363,6 +363,23 @@ def make_model() -> Callable[..., onnx.ModelProto]:
     return single_node_model
 
 
+def draw_group_matmul(
+    seed: int, bits: int, block: int, n: int = 33, blocks: int = 5
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return codes and scales of GroupMatMul, and the attributes."""
+    rng = np.random.default_rng(seed)
+    tensors = {
+        "codes": rng.integers(0, 256, (n, blocks, block * bits // 8), np.uint8),
+        "scales": (0.05 * rng.standard_normal((n, blocks))).astype(np.float16),
+    }
+    return tensors, {"K": blocks * block, "N": n, "bits": bits, "block_size": block}
+
+
+@pytest.fixture(scope="session")
+def group_matmul_case() -> Callable[..., tuple[dict[str, Array], dict[str, Any]]]:
+    return draw_group_matmul
+
+
 @pytest.fixture(scope="session")
 def run() -> Callable[..., list[Array]]:
     return run_model

@@ -32,7 +32,7 @@ from bivlm_edge.export.exporter import (
     write_bundle,
 )
 from bivlm_edge.export.oracle import Sample
-from bivlm_edge.export.torch_ops import BinaryLinear, GroupLinear
+from bivlm_edge.export.torch_ops import BinaryLinear, GroupHead, GroupLinear
 from bivlm_edge.export.validate import RUNTIME_ERRORS, OnnxRunner
 from bivlm_edge.models import VisionLanguageModel
 from bivlm_edge.models.families import FAMILIES
@@ -265,7 +265,7 @@ def _draw_vocabulary(
     group = group_size(width, bits)
     if group is None:
         raise UnsupportedModelError(
-            f"the token table has {width} columns, which are no multiple of 16: MatMulNBits does "
+            f"the token table has {width} columns, which are no multiple of 16: GroupMatMul does "
             "not take it."
         )
 
@@ -276,7 +276,9 @@ def _draw_vocabulary(
     quantized.skipped.update(tables_in_float(vlm, drawn))
     name = next(name for name, module in vlm.module.named_modules() if module is head)
     quantized.skipped[name] = vocabulary_note(bits)
-    _replace(vlm.module, name, drawn if head.weight is table.weight else draw())
+    module: Any = vlm.module
+    bias = None if head.bias is None else _FLOAT_SPREAD * torch.randn(rows)
+    module.set_submodule(name, GroupHead(drawn if head.weight is table.weight else draw(), bias))
     return drawn
 
 

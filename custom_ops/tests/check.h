@@ -85,19 +85,22 @@ class Unaligned {
   std::size_t shift_ = 0;
 };
 
-// Three threads per call, the last tasks first: results must not depend on the order.
-inline Executor ThreeThreads() {
+// So many threads per call, the last tasks first: results must not depend on the order.
+template <std::size_t threads>
+Executor Threads() {
   const auto run = [](void*, std::size_t total, void (*body)(void*, std::size_t), void* context) {
-    std::vector<std::thread> threads;
-    for (std::size_t first = 0; first < 3; ++first) {
-      threads.emplace_back([=] {
-        for (std::size_t i = first; i < total; i += 3) body(context, total - 1 - i);
+    std::vector<std::thread> started;
+    for (std::size_t first = 0; first < threads; ++first) {
+      started.emplace_back([=] {
+        for (std::size_t i = first; i < total; i += threads) body(context, total - 1 - i);
       });
     }
-    for (std::thread& thread : threads) thread.join();
+    for (std::thread& thread : started) thread.join();
   };
   return {run, nullptr};
 }
+
+inline Executor ThreeThreads() { return Threads<3>(); }
 
 }  // namespace bivlm::testing
 

@@ -10,6 +10,7 @@
 #include "bivlm/attention.h"
 #include "bivlm/binary_matmul.h"
 #include "bivlm/gated_silu.h"
+#include "bivlm/group_matmul.h"
 #include "bivlm/token_prune.h"
 #include "check.h"
 
@@ -104,7 +105,8 @@ void ExpectFlags(Checker* check, const std::set<std::string>& flags) {
 void ExpectBest(Checker* check, const std::string& want) {
   const std::string names[] = {
       SelectBinaryMatMul(SupportedIsa(), "")->name, SelectAttention(SupportedIsa(), "")->name,
-      SelectGatedSilu(SupportedIsa(), "")->name, SelectTokenPrune(SupportedIsa(), "")->name};
+      SelectGatedSilu(SupportedIsa(), "")->name, SelectGroupMatMul(SupportedIsa(), "")->name,
+      SelectTokenPrune(SupportedIsa(), "")->name};
   for (const std::string& name : names) {
     check->Expect(name == want, "features ", SupportedIsa(), ": got ", name, ", want ", want);
   }

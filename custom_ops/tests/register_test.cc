@@ -19,9 +19,10 @@ const std::vector<std::string> kOperators = {"BinaryMatMul", "GatedSiLU",  "Gate
 #else
 constexpr uint32_t kOldest = 17;
 const std::vector<std::string> kOperators = {
-    "BinaryMatMul", "GroupQueryAttention", "GroupQueryAttention", "GroupQueryAttention",
-    "GatedSiLU",    "GatedSiLU",           "TokenPrune",          "TokenPrune",
-    "TokenPrune",   "TokenPrune",          "TokenPrune",          "TokenPrune"};
+    "BinaryMatMul",        "GroupMatMul", "GroupQueryAttention", "GroupQueryAttention",
+    "GroupQueryAttention", "GatedSiLU",   "GatedSiLU",           "TokenPrune",
+    "TokenPrune",          "TokenPrune",  "TokenPrune",          "TokenPrune",
+    "TokenPrune"};
 #endif
 
 // What the stand-in has been asked for.

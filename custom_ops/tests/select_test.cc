@@ -4,6 +4,7 @@
 #include "bivlm/attention.h"
 #include "bivlm/binary_matmul.h"
 #include "bivlm/gated_silu.h"
+#include "bivlm/group_matmul.h"
 #include "bivlm/token_prune.h"
 #include "check.h"
 
@@ -20,9 +21,11 @@ void ExpectName(Checker* check, IsaSet supported, const char* forced, const std:
   const std::string prune = Name(SelectTokenPrune(supported, forced));
   const std::string attention = Name(SelectAttention(supported, forced));
   const std::string gated_silu = Name(SelectGatedSilu(supported, forced));
-  check->Expect(matmul == want && prune == want && attention == want && gated_silu == want,
-                "features ", supported, " forced '", forced, "': got ", matmul, ", ", prune, ", ",
-                attention, " and ", gated_silu, ", want ", want);
+  const std::string group = Name(SelectGroupMatMul(supported, forced));
+  check->Expect(
+      matmul == want && prune == want && attention == want && gated_silu == want && group == want,
+      "features ", supported, " forced '", forced, "': got ", matmul, ", ", prune, ", ", attention,
+      ", ", gated_silu, " and ", group, ", want ", want);
 }
 
 void ExpectAvailable(Checker* check, IsaSet supported, const std::string& want) {
@@ -30,9 +33,11 @@ void ExpectAvailable(Checker* check, IsaSet supported, const std::string& want) 
   const std::string prune = AvailableTokenPruneNames(supported);
   const std::string attention = AvailableAttentionNames(supported);
   const std::string gated_silu = AvailableGatedSiluNames(supported);
-  check->Expect(matmul == want && prune == want && attention == want && gated_silu == want,
-                "available with features ", supported, ": got ", matmul, ", ", prune, ", ",
-                attention, " and ", gated_silu, ", want ", want);
+  const std::string group = AvailableGroupMatMulNames(supported);
+  check->Expect(
+      matmul == want && prune == want && attention == want && gated_silu == want && group == want,
+      "available with features ", supported, ": got ", matmul, ", ", prune, ", ", attention, ", ",
+      gated_silu, " and ", group, ", want ", want);
 }
 
 void EveryBuild(Checker* check) {
@@ -44,16 +49,16 @@ void EveryBuild(Checker* check) {
   ExpectName(check, ~isa::kNone, "AVX2", "none");
   ExpectAvailable(check, isa::kNone, "generic");
   const BinaryMatMulKernelList kernels = BinaryMatMulKernels();
-  check->Expect(kernels.count == TokenPruneKernels().count &&
-                    kernels.count == AttentionKernels().count &&
-                    kernels.count == GatedSiluKernels().count,
-                "the lists differ in length");
+  check->Expect(
+      kernels.count == TokenPruneKernels().count && kernels.count == AttentionKernels().count &&
+          kernels.count == GatedSiluKernels().count && kernels.count == GroupMatMulKernels().count,
+      "the lists differ in length");
   for (std::size_t i = 0; i < kernels.count; ++i) {
     const std::string name = kernels.first[i].name;
-    check->Expect(name == TokenPruneKernels().first[i].name &&
-                      name == AttentionKernels().first[i].name &&
-                      name == GatedSiluKernels().first[i].name,
-                  "the lists differ at ", name);
+    check->Expect(
+        name == TokenPruneKernels().first[i].name && name == AttentionKernels().first[i].name &&
+            name == GatedSiluKernels().first[i].name && name == GroupMatMulKernels().first[i].name,
+        "the lists differ at ", name);
     check->Expect((kernels.first[i].isa == isa::kNone) == (i + 1 == kernels.count),
                   "generic must be last, and alone need nothing: ", name);
   }

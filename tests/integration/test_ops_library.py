@@ -22,6 +22,7 @@ from bivlm_edge.export import reference, reference_prune, schemas
 from bivlm_edge.export.fallback import BinaryMatMulConfiguration, binary_matmul_function
 from bivlm_edge.export.fallback_attention import group_query_attention_function
 from bivlm_edge.export.fallback_gated_silu import gated_silu_function
+from bivlm_edge.export.fallback_group_matmul import group_matmul_function
 from bivlm_edge.export.fallback_prune import token_prune_function
 from bivlm_edge.export.prune_configuration import TokenPruneConfiguration
 
@@ -370,6 +371,62 @@ def test_gated_silu_equals_the_reference(
     assert (y.dtype, y.shape) == (x.dtype, expected.shape)
     tolerance = 4 * 2.0**-23 if dtype == np.float32 else 2.0**-10
     np.testing.assert_allclose(y, expected, rtol=tolerance, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("constant", [True, False])
+def test_group_matmul_keeps_its_bound(
+    constant: bool,
+    bits: int,
+    block: int,
+    dtype: type[Any],
+    library: str,
+    group_matmul_case: Callable[..., Any],
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    tensors, attributes = group_matmul_case(bits, bits, block, n=1500)
+    width, rounds = attributes["K"], os.environ.get("BIVLM_FORCE_KERNEL") != "generic"
+    for leading in LEADING:
+        x = np.random.default_rng(1).standard_normal((*leading, width)).astype(dtype)
+        inputs = {"X": x, **tensors}
+        constants = tuple(tensors) if constant else ()
+        model = make_model("GroupMatMul", inputs, ["Y"], constants=constants, **attributes)
+        feeds = {"X": x} if constant else inputs
+        (y,) = run(model, feeds, library=library, threads=2)
+        expected = reference.group_matmul(x, *tensors.values(), **attributes)
+        assert (y.dtype, y.shape) == (dtype, expected.shape)
+        identity = np.eye(width)
+        weight = np.abs(reference.group_matmul(identity, *tensors.values(), **attributes))
+        magnitude = np.abs(x).astype(np.float64)
+        bound = np.zeros(expected.shape)
+        for begin in range(0, width, 64):
+            part = slice(begin, begin + 64)
+            step = magnitude[..., part].max(axis=-1, keepdims=True) / 127
+            bound += rounds * step / 2 * weight[part].sum(axis=0)
+        bound += 2 * width * 2.0**-23 * (bound + magnitude @ weight)
+        if dtype == np.float16:
+            bound = bound * (1 + 2.0**-11) + 2.0**-11 * np.abs(expected) + 2.0**-25
+        assert (np.abs(y - expected) <= bound).all()
+
+
+def test_group_matmul_of_the_library_is_taken_before_the_function(
+    library: str,
+    group_matmul_case: Callable[..., Any],
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    optimized = str(tmp_path / "optimized.onnx")
+    tensors, attributes = group_matmul_case(0, 8, 64)
+    x = np.ones((1, attributes["K"]), np.float32)
+    functions = [group_matmul_function("nbits", 8, 23)]
+    inputs = {"X": x, **tensors}
+    model = make_model("GroupMatMul", inputs, ["Y"], functions=functions, **attributes)
+    run(model, inputs, library=library, optimized=optimized)
+    assert [node.op_type for node in onnx.load(optimized).graph.node] == ["GroupMatMul"]
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -172,6 +172,46 @@ def test_gated_silu_refuses_what_has_no_halves(
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
+        ({"K": 0}, "K is 0"),
+        ({"N": -1}, "N is -1"),
+        ({"bits": 2}, "bits is 2, expected 4 or 8"),
+        ({"block_size": 8}, "block_size is 8, expected 16, 32 or 64, and a divisor of K = 96"),
+        ({"block_size": 64}, "block_size is 64"),
+        ({"codes": np.zeros((5, 3, 16), np.uint8)}, r"codes is .*\[5, 3, 16\].*\[5, 3, 32\]"),
+        ({"scales": np.zeros((5, 2), np.float16)}, r"scales is .*\[5, 2\].*\[5, 3\]"),
+        ({"scales": _floats(5, 3)}, "scales|type"),
+        ({"X": _floats(2, 95)}, r"X is \[2, 95\], its last axis must be K = 96"),
+        ({"X": _floats()}, "K = 96"),
+        ({"X": np.zeros((2, 96), np.float64)}, "expected float32 or float16"),
+    ],
+)
+@pytest.mark.parametrize("constant", [True, False])
+def test_group_matmul_refuses(
+    changed: dict[str, Any],
+    words: str,
+    constant: bool,
+    library: str,
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    inputs: dict[str, Any] = {
+        "X": _floats(2, 96),
+        "codes": np.zeros((5, 3, 32), np.uint8),
+        "scales": np.zeros((5, 3), np.float16),
+    }
+    attributes: dict[str, Any] = {"K": 96, "N": 5, "bits": 8, "block_size": 32}
+    inputs |= {name: value for name, value in changed.items() if name in inputs}
+    attributes |= {name: value for name, value in changed.items() if name not in inputs}
+    constants = ("codes", "scales") if constant else ()
+    model = make_model("GroupMatMul", inputs, ["Y"], constants=constants, **attributes)
+    with pytest.raises(REFUSALS, match="GroupMatMul") as error:
+        run(model, inputs, library=library)
+    assert re.search(words, str(error.value)), error.value
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
         ({"mode": "attention"}, "'attention'.*topk_score"),
         ({"mode": "topk_score", "scores": None}, "'topk_score' needs .*scores"),
         ({"mode": "mmr", "scores": None}, "'mmr' needs .*scores"),

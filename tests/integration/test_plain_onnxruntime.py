@@ -119,7 +119,7 @@ def dequantized_checkpoint(paths: BundlePaths) -> Any:
             table = dequantize_8_bit(values[0], arrays["embedding/scales"])
             model.get_input_embeddings().weight.data = torch.from_numpy(table)
             replaced += 1
-        elif node.op_type == "MatMulNBits":
+        elif node.op_type == "GroupMatMul":
             scales = arrays[node.input[1].replace(".codes", ".scales")]
             codes = values[1].reshape(attributes["N"], -1)
             model.lm_head.weight.data = torch.from_numpy(dequantize_8_bit(codes, scales))

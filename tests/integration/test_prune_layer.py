@@ -203,6 +203,8 @@ def test_weights_of_both_branches_are_stored_and_counted_once(
         for attribute in branches.attribute
     }
     assert products["else_branch"] == 4 * LAYER  # qkv, o, gate and up, down
+    graphs = (graph, *(attribute.g for attribute in branches.attribute))
+    assert sum(node.op_type == "GroupMatMul" for g in graphs for node in g.node) == 1  # the head
 
 
 def test_torch_drops_what_it_is_told_to(tmp_path: Path) -> None:

@@ -36,5 +36,7 @@ def test_tied_vocabulary_is_stored_once(bits: int, pictures: list[VqaItem], tmp_
     assert places["embedding/codes"]["length"] == VOCABULARY * WIDTH * bits // 8
     (node,) = (node for node in model.graph.node if node.op_type == "GatherBlockQuantized")
     assert [a.i for a in node.attribute if a.name == "bits"] == [bits]
+    (head_node,) = (node for node in model.graph.node if node.op_type == "GroupMatMul")
+    assert [a.i for a in head_node.attribute if a.name == "bits"] == [bits]
     notes = [why for why in result.report["skipped"].values() if "vocabulary" in why]
     assert notes == [f"vocabulary: {bits} bits, counted apart (tables)"] * 2

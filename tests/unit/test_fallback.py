@@ -21,6 +21,7 @@ from bivlm_edge.export.fallback import (
 )
 from bivlm_edge.export.fallback_attention import group_query_attention_function
 from bivlm_edge.export.fallback_gated_silu import gated_silu_function
+from bivlm_edge.export.fallback_group_matmul import group_matmul_function
 from bivlm_edge.export.fallback_prune import token_prune_function
 from bivlm_edge.export.prune_configuration import TokenPruneConfiguration
 
@@ -335,6 +336,39 @@ def test_gated_silu_function_equals_the_reference(
     tolerance = 1e-5 if dtype == np.float32 else 4e-3
     expected = reference.gated_silu(x)
     np.testing.assert_allclose(run(model, {"X": x})[0], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("kind", ["dense", "nbits"])
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_group_matmul_function_equals_the_reference(
+    bits: int,
+    block: int,
+    kind: Kind,
+    dtype: type[Any],
+    group_matmul_case: Callable[..., Any],
+    make_model: Callable[..., Any],
+    run: Callable[..., Any],
+) -> None:
+    schemas.register()
+    tensors, attributes = group_matmul_case(0, bits, block)
+    x = np.random.default_rng(1).standard_normal((2, 3, attributes["K"])).astype(dtype)
+    model = make_model(
+        "GroupMatMul",
+        {"X": x, **tensors},
+        ["Y"],
+        constants=tuple(tensors),
+        functions=[group_matmul_function(kind, bits, 23)],
+        **attributes,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    (y,) = run(model, {"X": x})
+    expected = reference.group_matmul(x, *tensors.values(), **attributes)
+    assert (y.dtype, y.shape) == (dtype, expected.shape)
+    # int8 steps are an rms error of 0.6 %, float16 rounds to 11 bits
+    tolerance = 0.015 if kind == "nbits" else 1e-5 if dtype == np.float32 else 2e-3
+    assert np.linalg.norm(y - expected) <= tolerance * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from bivlm_edge.export import reference, reference_prune, transformer_ops
+from bivlm_edge.export import reference, reference_prune, torch_ops, transformer_ops
 
 Array = NDArray[Any]
 
@@ -143,6 +143,35 @@ def test_attention_operator_runs_the_reference(
     for found, wanted in zip(results, expected, strict=True):
         assert found.dtype == inputs["qkv"].dtype
         np.testing.assert_array_equal(found, wanted.astype(found.dtype))
+
+
+def test_codes_of_four_bits_begin_with_the_low_nibble() -> None:
+    codes = np.zeros((1, 2, 8), np.uint8)
+    codes[0, 1, 3] = 0xF1  # columns 16 + 6 and 16 + 7
+    scales = np.array([[0.0, 2.0]], np.float16)
+    columns = {"K": 32, "N": 1, "bits": 4, "block_size": 16}
+    found = reference.group_matmul(np.eye(32), codes, scales, **columns)[:, 0]
+    np.testing.assert_array_equal(found, [0.0] * 16 + [-16.0] * 6 + [-14.0, 14.0] + [-16.0] * 8)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_group_matmul_is_that_of_torch_and_runs_as_an_operator(
+    bits: int, block: int, group_matmul_case: Callable[..., Any], make_model: Callable[..., Any]
+) -> None:
+    tensors, attributes = group_matmul_case(0, bits, block)
+    x = np.random.default_rng(1).standard_normal((2, 3, attributes["K"])).astype(np.float32)
+    found = reference.group_matmul(x, *tensors.values(), **attributes)
+    expected = torch_ops.group_matmul(
+        torch.from_numpy(x),
+        *(torch.from_numpy(tensor) for tensor in tensors.values()),
+        *attributes.values(),
+    )
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-4)
+    model = make_model("GroupMatMul", {"X": x, **tensors}, ["Y"], **attributes)
+    evaluator = ReferenceEvaluator(model, new_ops=[reference.GroupMatMul])
+    (y,) = evaluator.run(None, {"X": x, **tensors})
+    np.testing.assert_array_equal(y, found.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -68,6 +68,7 @@ def test_register_twice_is_allowed() -> None:
     schemas.register()
     for name, domain in (
         ("BinaryMatMul", schemas.DOMAIN),
+        ("GroupMatMul", schemas.DOMAIN),
         ("GroupQueryAttention", schemas.DOMAIN),
         ("TokenPrune", schemas.DOMAIN),
         ("MatMulNBits", schemas.MICROSOFT_DOMAIN),
@@ -217,6 +218,34 @@ def test_gated_silu_halves_the_last_axis() -> None:
     assert outputs == {"Y": (element, ["batch", 3, 17])}
     with pytest.raises(InferenceError, match=r"GatedSiLU: X has shape \[3, 33\].*even"):
         _inferred("GatedSiLU", {"X": (element, [3, 33])}, ["Y"])
+
+
+def _group_matmul(bits: int = 4, **changed: list[Any]) -> dict[str, tuple[int, list[Any]]]:
+    shapes = {"X": ["batch", 7, 96], "codes": [5, 3, 16], "scales": [5, 3]} | changed
+    kinds = (TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.FLOAT16)
+    inputs = {name: (kind, shapes[name]) for name, kind in zip(shapes, kinds, strict=True)}
+    return _inferred("GroupMatMul", inputs, ["Y"], K=96, N=5, bits=bits, block_size=32)
+
+
+def test_group_matmul_replaces_the_last_axis() -> None:
+    assert _group_matmul() == {"Y": (TensorProto.FLOAT16, ["batch", 7, 5])}
+
+
+@pytest.mark.parametrize(
+    ("bits", "changed", "message"),
+    [
+        (4, {"X": [2, 95]}, "last axis of its first input is 95; K = 96"),
+        (4, {"codes": [5, 3, 32]}, r"codes \[5, 3, 32\].*needs 16"),
+        (4, {"codes": [5, 48]}, r"codes has shape \[5, 48\]; K, N, bits and block_size need"),
+        (4, {"scales": [5, 6]}, "scales.*needs 3"),
+        (2, {}, "bits = 2, block_size = 32 and K = 96; bits must be 4 or 8"),
+    ],
+)
+def test_group_matmul_shapes_that_disagree_are_refused(
+    bits: int, changed: dict[str, list[Any]], message: str
+) -> None:
+    with pytest.raises(InferenceError, match=f"GroupMatMul: .*{message}"):
+        _group_matmul(bits, **changed)
 
 
 def test_matmul_nbits_has_the_shape_of_a_product() -> None:

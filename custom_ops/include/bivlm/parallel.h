@@ -7,6 +7,8 @@
 
 namespace bivlm {
 
+inline std::size_t CeilDivide(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
 struct Executor {
   // Calls body(context, i) once for every i in [0, total), in any order, on any threads, and
   // returns when all calls have returned. Null: one after the other on this thread.

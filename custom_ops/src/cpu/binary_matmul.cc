@@ -27,8 +27,6 @@ constexpr std::size_t kMaxPrepareTasks = 16;
 // 7.4 to 9.3 us (ONNX Runtime 1.31.1, avx512).
 constexpr std::size_t kSerialTasks = 4;
 
-std::size_t CeilDivide(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
-
 std::string ListOf(const BinaryMatMulShape& shape) {
   std::string text = "(";
   for (std::size_t p = 0; p < shape.plane_count; ++p) {

@@ -2,6 +2,7 @@
 #include "bivlm/attention.h"
 #include "bivlm/binary_matmul.h"
 #include "bivlm/gated_silu.h"
+#include "bivlm/group_matmul.h"
 #include "bivlm/token_prune.h"
 
 namespace bivlm {
@@ -23,6 +24,12 @@ constexpr GatedSiluKernel kGatedSiluKernels[] = {
 #define BIVLM_GATED_SILU_KERNEL(needs, symbol, label) {label, needs, &(symbol)},
 #include "bivlm/gated_silu_kernels.inc"
 #undef BIVLM_GATED_SILU_KERNEL
+};
+
+constexpr GroupMatMulKernel kGroupMatMulKernels[] = {
+#define BIVLM_GROUP_MATMUL_KERNEL(needs, symbol, label) {label, needs, &(symbol)},
+#include "bivlm/group_matmul_kernels.inc"
+#undef BIVLM_GROUP_MATMUL_KERNEL
 };
 
 constexpr TokenPruneKernel kTokenPruneKernels[] = {
@@ -99,6 +106,18 @@ const GatedSiluKernel* SelectGatedSilu(IsaSet supported, std::string_view forced
 
 std::string AvailableGatedSiluNames(IsaSet supported) {
   return Names(GatedSiluKernels(), supported);
+}
+
+GroupMatMulKernelList GroupMatMulKernels() {
+  return {kGroupMatMulKernels, sizeof(kGroupMatMulKernels) / sizeof(GroupMatMulKernel)};
+}
+
+const GroupMatMulKernel* SelectGroupMatMul(IsaSet supported, std::string_view forced) {
+  return Select(GroupMatMulKernels(), supported, forced);
+}
+
+std::string AvailableGroupMatMulNames(IsaSet supported) {
+  return Names(GroupMatMulKernels(), supported);
 }
 
 }  // namespace bivlm

@@ -7,6 +7,7 @@ namespace {
 std::vector<Operator> Operators(const Api* api) {
   std::vector<Operator> operators = {
       MakeBinaryMatMulOp(api),
+      MakeGroupMatMulOp(api),
       MakeAttentionOp(api, ElementType::kFloat32, ElementType::kFloat32),
       MakeAttentionOp(api, ElementType::kFloat16, ElementType::kFloat16),
       MakeAttentionOp(api, ElementType::kFloat32, ElementType::kFloat16),

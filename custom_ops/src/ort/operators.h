@@ -36,6 +36,7 @@ inline Operator NewOperator(const Api* api) {
 }
 
 Operator MakeBinaryMatMulOp(const Api* api);
+Operator MakeGroupMatMulOp(const Api* api);
 
 // ONNX Runtime allows one input of any type per operator, these have more: one operator per type.
 Operator MakeAttentionOp(const Api* api, ElementType type, ElementType cache_type);

@@ -87,7 +87,7 @@ class Unaligned {
 
 // So many threads per call, the last tasks first: results must not depend on the order.
 template <std::size_t threads>
-Executor Threads() {
+Executor ThreadsOf() {
   const auto run = [](void*, std::size_t total, void (*body)(void*, std::size_t), void* context) {
     std::vector<std::thread> started;
     for (std::size_t first = 0; first < threads; ++first) {
@@ -100,7 +100,7 @@ Executor Threads() {
   return {run, nullptr};
 }
 
-inline Executor ThreeThreads() { return Threads<3>(); }
+inline Executor ThreeThreads() { return ThreadsOf<3>(); }
 
 }  // namespace bivlm::testing
 

@@ -275,14 +275,14 @@ void TokensAsAlone(Checker* check) {
       c.block = bits == 4 ? 32 : 64;
       c.seed = ++seed;
       if (!RunsCase()) continue;
-      RunCase(check, c, Threads<5>(), 3);
+      RunCase(check, c, ThreadsOf<5>(), 3);
       std::mt19937_64 random(c.seed);
       const Weight w = RandomGroupWeight(c, random);
       const std::vector<float> x = Activations(c, random);
       GroupCase alone = c;
       alone.m = 1;
       for (const GroupMatMulKernel& kernel : TestedKernels()) {
-        const std::vector<double> y = Run(check, kernel, c, w, x, Threads<2>());
+        const std::vector<double> y = Run(check, kernel, c, w, x, ThreadsOf<2>());
         for (std::size_t token = 0; token < c.m; token += 1 + c.m / 7) {
           const auto begin = x.begin() + static_cast<std::ptrdiff_t>(token * c.k);
           const std::vector<float> own(begin, begin + static_cast<std::ptrdiff_t>(c.k));
@@ -306,8 +306,8 @@ void ManyTasks(Checker* check) {
     c.float16 = threads == 5;
     c.seed = 7000 + threads;
     const Executor executor = threads == 1   ? Executor()
-                              : threads == 2 ? Threads<2>()
-                                             : Threads<5>();
+                              : threads == 2 ? ThreadsOf<2>()
+                                             : ThreadsOf<5>();
     if (RunsCase()) RunCase(check, c, executor, 1);
   }
 }

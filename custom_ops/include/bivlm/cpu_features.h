@@ -29,6 +29,11 @@ IsaSet SupportedIsa();
 // Bytes of a core's first data cache; 0 where CPUID does not say, and on ARM.
 std::size_t L1DataBytes();
 
+// Whether that is known and less than 48 KiB. On Zen 4 (32 KiB) fewer misses of L1 are on their way
+// at a time than memory needs, so that kernels fetch what comes later into L2. On Zen 5 (48 KiB)
+// fetching straight into L1 is a twelfth faster.
+bool HasSmallL1();
+
 }  // namespace bivlm
 
 #endif  // BIVLM_CPU_FEATURES_H_

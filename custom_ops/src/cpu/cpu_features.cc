@@ -124,4 +124,6 @@ std::size_t L1DataBytes() {
   return bytes;
 }
 
+bool HasSmallL1() { return L1DataBytes() != 0 && L1DataBytes() < 48 << 10; }
+
 }  // namespace bivlm

@@ -365,7 +365,7 @@ constexpr TileFunction kTiles[kTileRows] = {
 void DecodeAvx512(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
                   std::size_t panel_begin, std::size_t panel_end, const std::byte* prepared) {
   std::byte* rows = const_cast<std::byte*>(prepared);
-  const TileFunction* tiles = FetchesThroughL2() ? kTiles<true> : kTiles<false>;
+  const TileFunction* tiles = HasSmallL1() ? kTiles<true> : kTiles<false>;
   for (std::size_t row = row_begin; row < row_end; row += kTileRows) {
     tiles[std::min(kTileRows, row_end - row) - 1](args, row, panel_begin, panel_end, rows);
     rows += kTileRows * Int8RowBytes(*args.weight);

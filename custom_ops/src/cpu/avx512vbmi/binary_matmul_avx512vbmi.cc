@@ -191,7 +191,7 @@ constexpr TileFunction kTiles[kMaxLookupTokens] = {
 void MultiplyByLookup(const BinaryMatMulArgs& args, std::size_t row_begin, std::size_t row_end,
                       std::size_t panel_begin, std::size_t panel_end, const std::byte* prepared) {
   const std::size_t tile = row_end - row_begin - 1;
-  const TileFunction multiply = FetchesThroughL2() ? kTiles<true>[tile] : kTiles<false>[tile];
+  const TileFunction multiply = HasSmallL1() ? kTiles<true>[tile] : kTiles<false>[tile];
   multiply(args, row_begin, panel_begin, panel_end, const_cast<std::byte*>(prepared));
 }
 

@@ -3,7 +3,7 @@
 ONNX Runtime uses the library's operator where it is registered and inlines the function where it
 is not. A function body knows no shapes of its inputs, so each distinct configuration gets a body
 of its own, told apart by the `overload` field of nodes and functions (IR version 10). The
-counterpart for `TokenPrune` is in fallback_prune.py.
+other operators have theirs in `fallback_<operator>.py`.
 
 Two kinds of body: "nbits" keeps two bits per weight and plane in memory (ONNX Runtime's
 MatMulNBits, version 1.24 or newer; activations are rounded to int8), "dense" unpacks to the type

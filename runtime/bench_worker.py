@@ -22,7 +22,7 @@ from bivlm_edge.runtime.generate import run_step
 from bivlm_edge.runtime.idle import wait_until_idle
 from bivlm_edge.runtime.kv_cache import KvCache
 from bivlm_edge.runtime.operator_profile import Stage, operator_profile
-from bivlm_edge.runtime.process_memory import memory_bytes, return_freed_memory
+from bivlm_edge.runtime.process_memory import keep_no_freed_memory, memory_bytes
 from bivlm_edge.runtime.providers import CPU
 from bivlm_edge.runtime.sampling import greedy
 from bivlm_edge.runtime.session import VlmSession, load
@@ -249,7 +249,7 @@ def _ms_since(start: float) -> float:
 
 def serve() -> None:
     """Answer the parent until it says finish or goes away."""
-    return_freed_memory()
+    keep_no_freed_memory()
     worker: Worker | None = None
     for line in sys.stdin:
         request = json.loads(line)

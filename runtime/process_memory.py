@@ -32,7 +32,7 @@ def memory_bytes() -> dict[str, int]:
     return found
 
 
-def return_freed_memory() -> None:
+def keep_no_freed_memory() -> None:
     """Have malloc give freed memory back to the system for as long as this process lives.
 
     With every large block that is freed glibc raises, up to 64 MiB, what it keeps for later: after

@@ -158,9 +158,9 @@ def load(
         )
     if provider == CUDA and manifest.uses_custom_ops and manifest.fallback == "none":
         raise OpsLibraryError(
-            f"'{paths.graph}' was exported with --fallback none: on CUDA its attention runs by the "
-            "fallback in ONNX Runtime's operators. Export it with --fallback nbits, or use "
-            "--provider cpu."
+            f"'{paths.graph}' was exported with --fallback none: on CUDA its attention and head "
+            "run by the fallback in ONNX Runtime's operators. Export it with --fallback nbits, or "
+            "use --provider cpu."
         )
     if not custom_ops and manifest.uses_custom_ops:
         _require_overloads(paths.graph)

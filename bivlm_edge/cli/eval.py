@@ -25,7 +25,7 @@ from bivlm_edge.datasets import DATA_SETS, VqaItem, load_questions
 from bivlm_edge.errors import RequestError
 from bivlm_edge.runtime import Answerer, load
 from bivlm_edge.runtime.evaluate import Evaluation, Score, evaluate
-from bivlm_edge.runtime.process_memory import return_freed_memory
+from bivlm_edge.runtime.process_memory import keep_no_freed_memory
 from bivlm_edge.runtime.providers import CPU
 
 DATA_HELP = f"{', '.join(DATA_SETS)}, or a file of JSON lines with image, question and answer."
@@ -71,7 +71,7 @@ def run(
     """
     if limit is not None and limit < 1:
         raise RequestError(f"--limit {limit} leaves no question to ask. Give 1 or more.")
-    return_freed_memory()
+    keep_no_freed_memory()
     session = load(model, provider=provider, custom_ops=not no_custom_ops, threads=threads)
     answerer = Answerer(session.keeping_fraction(keep_tokens))
     items = questions_of(data, split)[:limit]

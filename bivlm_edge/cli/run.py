@@ -23,7 +23,7 @@ from bivlm_edge.cli.common import (
 from bivlm_edge.errors import RequestError
 from bivlm_edge.files import write_bytes
 from bivlm_edge.runtime import Answerer, load, top_p_sampler
-from bivlm_edge.runtime.process_memory import return_freed_memory
+from bivlm_edge.runtime.process_memory import keep_no_freed_memory
 from bivlm_edge.runtime.providers import CPU
 from bivlm_edge.runtime.token_picture import token_picture
 
@@ -83,7 +83,7 @@ def run(
     if show_tokens is not None:
         _check_shown(show_tokens, has_image=bool(image))
     sampler = top_p_sampler(temperature, top_p, seed)
-    return_freed_memory()
+    keep_no_freed_memory()
     session = load(model, provider=provider, custom_ops=not no_custom_ops, threads=threads)
     answerer = Answerer(session.keeping_fraction(keep_tokens))
     start = time.perf_counter()

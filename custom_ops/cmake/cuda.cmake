@@ -32,6 +32,7 @@ set_source_files_properties(${token_prune_sources} PROPERTIES
 set(BIVLM_CUDA_OPERATOR_SOURCES
   src/ort/adaptor.cc
   src/ort/binary_matmul_inputs.cc
+  src/ort/product.cc
   src/ort/gated_silu_inputs.cc
   src/ort/register.cc
   src/ort/token_prune_inputs.cc

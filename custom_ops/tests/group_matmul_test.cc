@@ -72,10 +72,13 @@ std::vector<uint8_t> Pack(const GroupCase& c, const Weight& w) {
   return packed;
 }
 
+// Each once: some names stand for the kernel of the next.
 std::vector<GroupMatMulKernel> TestedKernels() {
   std::vector<GroupMatMulKernel> kernels;
   for (const GroupMatMulKernel& kernel : GroupMatMulKernels()) {
-    if ((kernel.isa & SupportedIsa()) == kernel.isa) kernels.push_back(kernel);
+    if ((kernel.isa & SupportedIsa()) != kernel.isa) continue;
+    if (!kernels.empty() && kernels.back().functions == kernel.functions) kernels.pop_back();
+    kernels.push_back(kernel);
   }
   return kernels;
 }
@@ -295,12 +298,15 @@ void TokensAsAlone(Checker* check) {
   }
 }
 
-// One token of a weight that is many tasks.
+// One token of a weight that is many tasks, for the kernel with the largest ones too.
 void ManyTasks(Checker* check) {
   for (const std::size_t threads : {1, 2, 5}) {
     GroupCase c;
     c.n = 9001;
-    c.k = 192;
+    c.k = 960;
+    for (const GroupMatMulKernel& kernel : TestedKernels()) {
+      check->Expect(c.n * c.k >= 4 * kernel.functions->task_products, kernel.name, ": one task");
+    }
     c.bits = threads == 2 ? 4 : 8;
     c.block = 32;
     c.float16 = threads == 5;

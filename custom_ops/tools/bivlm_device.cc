@@ -129,7 +129,7 @@ void CheckArguments(const Arguments& arguments) {
 }
 
 // As runtime/process_memory.py: glibc would keep freed memory, the more the larger the blocks.
-void ReturnFreedMemory() {
+void KeepNoFreedMemory() {
 #ifdef __GLIBC__
   mallopt(M_TRIM_THRESHOLD, 128 << 10);
 #endif
@@ -161,7 +161,7 @@ int Run(const std::vector<std::string>& words) {
 }  // namespace bivlm::device
 
 int main(int count, char** words) {
-  bivlm::device::ReturnFreedMemory();
+  bivlm::device::KeepNoFreedMemory();
   try {
     return bivlm::device::Run({words + 1, words + count});
   } catch (const bivlm::device::Error& error) {

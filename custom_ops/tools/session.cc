@@ -128,9 +128,10 @@ void Session::Create(const Options& options) {
 void Session::RegisterLibrary(const Options& options, ort::SessionOptions* made) {
   const ort::Api* api = runtime_.api();
   if (options.cuda && manifest_.uses_custom_ops && manifest_.fallback == "none") {
-    throw RequestError("'" + paths_.graph +
-                       "' was exported with --fallback none: on CUDA its attention runs by the "
-                       "fallback in ONNX Runtime's operators. Use --provider cpu.");
+    throw RequestError(
+        "'" + paths_.graph +
+        "' was exported with --fallback none: on CUDA its attention and head run by the "
+        "fallback in ONNX Runtime's operators. Use --provider cpu.");
   }
   if (manifest_.uses_custom_ops && options.custom_ops) {
     const std::string library = LibraryPath(options);

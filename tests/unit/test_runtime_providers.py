@@ -193,7 +193,7 @@ def test_export_without_fallback_is_refused_on_cuda(
     make_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _starts(monkeypatch)
-    with pytest.raises(OpsLibraryError, match=r"--fallback none: on CUDA its attention"):
+    with pytest.raises(OpsLibraryError, match=r"--fallback none: on CUDA its attention and head"):
         load(make_bundle(domain_node="none").graph, provider="cuda")
 
 
@@ -235,8 +235,8 @@ class _CopyingSession:
     def io_binding(self) -> _CopyingBinding:
         return _CopyingBinding(self._real.io_binding())
 
-    def run_with_iobinding(self, binding: _CopyingBinding) -> None:
-        self._real.run_with_iobinding(binding.real)
+    def run_with_iobinding(self, binding: _CopyingBinding, options: ort.RunOptions) -> None:
+        self._real.run_with_iobinding(binding.real, options)
 
 
 _FROM_NUMPY = ort.OrtValue.ortvalue_from_numpy
@@ -248,8 +248,9 @@ def _on_gpu(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def copied(array: np.ndarray[Any, Any], device: str = "cpu") -> ort.OrtValue:
         return _FROM_NUMPY(array.copy() if device == "cuda" else array)
 
+    values = SimpleNamespace(ortvalue_from_numpy=copied)
     monkeypatch.setattr(
-        kv_cache, "ort", SimpleNamespace(OrtValue=SimpleNamespace(ortvalue_from_numpy=copied))
+        kv_cache, "ort", SimpleNamespace(OrtValue=values, RunOptions=ort.RunOptions)
     )
     session = load(bundle.graph)
     return replace(session, provider="cuda", ort=_CopyingSession(session.ort))

@@ -56,7 +56,9 @@ std::size_t DataCacheBytes(unsigned leaf) {
   unsigned b = 0;
   unsigned c = 0;
   unsigned d = 0;
-  for (unsigned index = 0; __get_cpuid_count(leaf, index, &a, &b, &c, &d) != 0; ++index) {
+  constexpr unsigned kMostCaches = 16;
+  for (unsigned index = 0; index < kMostCaches; ++index) {
+    if (__get_cpuid_count(leaf, index, &a, &b, &c, &d) == 0) break;
     const unsigned kind = a & 31;
     const unsigned level = a >> 5 & 7;
     if (kind == 0) break;

@@ -12,6 +12,8 @@ constexpr std::align_val_t kAlignment{64};
 // A larger piece than asked for would hide writes behind its end from AddressSanitizer.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool kKeeps = false;
+#elif defined(__has_feature)
+constexpr bool kKeeps = !__has_feature(address_sanitizer);
 #else
 constexpr bool kKeeps = true;
 #endif
@@ -20,12 +22,11 @@ struct Kept {
   std::mutex mutex;
   std::byte* data = nullptr;
   std::size_t bytes = 0;
-
-  ~Kept() { ::operator delete(data, kAlignment); }
 };
 
+// Never destroyed: threads may still run when the process exits.
 Kept& kept() {
-  static Kept instance;
+  static Kept& instance = *new Kept;
   return instance;
 }
 

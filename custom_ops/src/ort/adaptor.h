@@ -31,6 +31,13 @@ class InvalidArgument : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Throws InvalidArgument unless `problem` is "".
+inline void Require(const std::string& problem) {
+  if (!problem.empty()) throw InvalidArgument(problem);
+}
+
+inline int64_t Signed(std::size_t value) { return static_cast<int64_t>(value); }
+
 inline void Check(Status* status) {
   if (status != nullptr) throw StatusError(status);
 }

@@ -59,10 +59,6 @@ Status* CreateKernel(const CustomOp*, const Api* api, const KernelInfo* info, vo
   });
 }
 
-void Require(const std::string& problem) {
-  if (!problem.empty()) throw InvalidArgument(problem);
-}
-
 bivlm::ElementType KernelType(ElementType type) {
   return type == ElementType::kFloat32 ? bivlm::ElementType::kFloat32
                                        : bivlm::ElementType::kFloat16;

@@ -2,37 +2,16 @@
 
 #include <cstring>
 
+#include "product.h"
+
 namespace bivlm::ort {
 namespace {
 
-constexpr std::size_t kX = 0;
 constexpr std::size_t kCodes = 1;
 constexpr std::size_t kCoefficients = 2;
 constexpr std::size_t kSigns = 3;
 constexpr std::size_t kOrder = 4;
 constexpr std::size_t kInputs = 5;
-
-int64_t Signed(std::size_t value) { return static_cast<int64_t>(value); }
-
-void Require(const std::string& problem) {
-  if (!problem.empty()) throw InvalidArgument(problem);
-}
-
-Status* InferShape(const CustomOp* op, ShapeInferContext* context) noexcept {
-  const Api* api = static_cast<const Operator*>(op)->api;
-  return Guard(api, "BinaryMatMul", [&] {
-    InferredShape shape = InferenceInput(api, context, kX);
-    if (!shape.known || shape.dims.empty()) return;
-    const int64_t k = InferenceInt(api, context, "K");
-    if (shape.dims.back() >= 0 && shape.dims.back() != k) {
-      throw InvalidArgument("X is " + Text(shape.dims) +
-                            ", its last axis must be K = " + std::to_string(k));
-    }
-    shape.dims.back() = InferenceInt(api, context, "N");
-    shape.names.back().clear();
-    SetInferenceOutput(api, context, 0, shape);
-  });
-}
 
 ElementType InputType(const CustomOp*, std::size_t index) {
   constexpr ElementType kTypes[kInputs] = {ElementType::kUndefined, ElementType::kUint8,
@@ -130,24 +109,13 @@ void SetWeightTensors(const WeightTensors& tensors, BinaryMatMulWeight* weight) 
 
 BinaryMatMulArgs ReadBinaryMatMulArgs(const Api* api, KernelContext* context,
                                       const BinaryMatMulWeight& weight) {
-  const Tensor x = Input(api, context, kX);
-  if (x.type != ElementType::kFloat32 && x.type != ElementType::kFloat16) {
-    throw InvalidArgument("X is " + Text(x.type) + ", expected float32 or float16");
-  }
-  if (x.dims.empty() || x.dims.back() != Signed(weight.k)) {
-    throw InvalidArgument("X is " + Text(x.dims) +
-                          ", its last axis must be K = " + std::to_string(weight.k));
-  }
-  Dims dims = x.dims;
-  dims.back() = Signed(weight.n);
+  const Product product = ReadProduct(api, context, weight.k, weight.n);
   BinaryMatMulArgs args;
   args.weight = &weight;
-  args.type =
-      x.type == ElementType::kFloat32 ? bivlm::ElementType::kFloat32 : bivlm::ElementType::kFloat16;
-  args.m = 1;
-  for (std::size_t i = 0; i + 1 < dims.size(); ++i) args.m *= static_cast<std::size_t>(dims[i]);
-  args.x = x.data;
-  args.y = Output(api, context, 0, dims);
+  args.type = product.type;
+  args.m = product.m;
+  args.x = product.x;
+  args.y = product.y;
   return args;
 }
 
@@ -161,7 +129,7 @@ Operator BinaryMatMulSchema(const Api* api) {
   op.GetInputCharacteristic = [](const CustomOp*, std::size_t index) {
     return index >= kSigns ? Characteristic::kOptional : Characteristic::kRequired;
   };
-  op.InferOutputShapeFn = InferShape;
+  op.InferOutputShapeFn = InferProductShape;
   return op;
 }
 

@@ -4,11 +4,11 @@
 #include "adaptor.h"
 #include "bivlm/group_matmul.h"
 #include "operators.h"
+#include "product.h"
 
 namespace bivlm::ort {
 namespace {
 
-constexpr std::size_t kX = 0;
 constexpr std::size_t kCodes = 1;
 constexpr std::size_t kScales = 2;
 constexpr std::size_t kInputs = 3;
@@ -19,12 +19,6 @@ struct Kernel {
   const GroupMatMulKernel* kernel = nullptr;
   GroupMatMulWeight weight;
 };
-
-int64_t Signed(std::size_t value) { return static_cast<int64_t>(value); }
-
-void Require(const std::string& problem) {
-  if (!problem.empty()) throw InvalidArgument(problem);
-}
 
 // Checks types and shapes of the tensors that are there and enters their pointers.
 void SetTensors(const Tensor& codes, const Tensor& scales, GroupMatMulWeight* weight) {
@@ -67,42 +61,15 @@ Status* Compute(void* state, KernelContext* context) noexcept {
   return Guard(kernel.api, kernel.label, [&] {
     GroupMatMulWeight weight = kernel.weight;
     SetTensors(Input(kernel.api, context, kCodes), Input(kernel.api, context, kScales), &weight);
-    const Tensor x = Input(kernel.api, context, kX);
-    if (x.type != ElementType::kFloat32 && x.type != ElementType::kFloat16) {
-      throw InvalidArgument("X is " + Text(x.type) + ", expected float32 or float16");
-    }
-    if (x.dims.empty() || x.dims.back() != Signed(weight.k)) {
-      throw InvalidArgument("X is " + Text(x.dims) +
-                            ", its last axis must be K = " + std::to_string(weight.k));
-    }
-    Dims dims = x.dims;
-    dims.back() = Signed(weight.n);
+    const Product product = ReadProduct(kernel.api, context, weight.k, weight.n);
     GroupMatMulArgs args;
     args.weight = &weight;
-    args.type = x.type == ElementType::kFloat32 ? bivlm::ElementType::kFloat32
-                                                : bivlm::ElementType::kFloat16;
-    args.m = 1;
-    for (std::size_t i = 0; i + 1 < dims.size(); ++i) args.m *= static_cast<std::size_t>(dims[i]);
-    args.x = x.data;
-    args.y = Output(kernel.api, context, 0, dims);
+    args.type = product.type;
+    args.m = product.m;
+    args.x = product.x;
+    args.y = product.y;
     SessionThreads threads(kernel.api, context);
     RunGroupMatMul(*kernel.kernel, args, threads.executor());
-  });
-}
-
-Status* InferShape(const CustomOp* op, ShapeInferContext* context) noexcept {
-  const Api* api = static_cast<const Operator*>(op)->api;
-  return Guard(api, "GroupMatMul", [&] {
-    InferredShape shape = InferenceInput(api, context, kX);
-    if (!shape.known || shape.dims.empty()) return;
-    const int64_t k = InferenceInt(api, context, "K");
-    if (shape.dims.back() >= 0 && shape.dims.back() != k) {
-      throw InvalidArgument("X is " + Text(shape.dims) +
-                            ", its last axis must be K = " + std::to_string(k));
-    }
-    shape.dims.back() = InferenceInt(api, context, "N");
-    shape.names.back().clear();
-    SetInferenceOutput(api, context, 0, shape);
   });
 }
 
@@ -122,7 +89,7 @@ Operator MakeGroupMatMulOp(const Api* api) {
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.CreateKernelV2 = CreateKernel;
   op.KernelComputeV2 = Compute;
-  op.InferOutputShapeFn = InferShape;
+  op.InferOutputShapeFn = InferProductShape;
   return op;
 }
 

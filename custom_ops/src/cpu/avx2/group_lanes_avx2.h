@@ -29,7 +29,7 @@ struct GroupLanesAvx2 : Vectors {
     // no more floats than it needs: a load that reaches into two stores waits for both
     __m128 some;
     if constexpr (lanes == 4) {
-      some = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales)));
+      some = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
     } else {
       some = _mm_loadu_ps(scales);
     }

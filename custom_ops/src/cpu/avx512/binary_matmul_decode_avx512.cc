@@ -8,11 +8,6 @@ namespace {
 
 constexpr std::size_t kTileRows = 8;
 
-// How far ahead of the multiplication codes are fetched, and pages touched: their addresses would
-// otherwise be translated when the codes are fetched, which costs a sixth of the bandwidth where
-// pages have 4 KiB.
-constexpr std::size_t kTouchBytes = 64 << 10;
-
 // Panels ahead for coefficients, which lie apart from the codes.
 constexpr std::size_t kPrefetchPanels = 4;
 

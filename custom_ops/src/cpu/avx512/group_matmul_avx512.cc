@@ -56,7 +56,7 @@ struct Avx512 : Vectors {
     __m512 all;
     if constexpr (lanes == 8) {
       all = _mm512_castps128_ps512(
-          _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
+          _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales))));
     } else if constexpr (lanes == 4) {
       all = _mm512_castps128_ps512(_mm_loadu_ps(scales));
     } else {

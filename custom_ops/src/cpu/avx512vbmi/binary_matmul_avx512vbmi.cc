@@ -17,8 +17,6 @@
 namespace bivlm {
 namespace {
 
-// As in the decode kernel of avx512.
-constexpr std::size_t kTouchBytes = 64 << 10;
 constexpr std::size_t kPrefetchPanels = 4;
 
 // One line is touched in every page; two in every KiB took 3 % longer.

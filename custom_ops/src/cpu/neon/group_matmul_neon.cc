@@ -1,5 +1,5 @@
-// GroupMatMul with the NEON of ARMv8.0: products in 16 bits. Two of them are 2 * 128 * 127 at most,
-// a level being -128 to 127.
+// GroupMatMul with the NEON of ARMv8.0: products in 16 bits. At 8 bits one is 128 * 127 at most; at
+// 4 bits two are added there, 2 * 15 * 127.
 #include "int8_rows.h"
 #include "neon/group_lanes_neon.h"
 

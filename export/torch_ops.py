@@ -245,15 +245,12 @@ class GroupHead(GroupLinear):
 
     def __init__(self, weight: GroupWeight, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
-        if (
-            self.zero_points is not None
-            or self.bits not in (4, 8)
-            or self.block not in (16, 32, 64)
-        ):
+        is_symmetric = bool((weight.zero == 2 ** (weight.bits - 1)).all())
+        if not is_symmetric or self.bits not in (4, 8) or self.block not in (16, 32, 64):
             raise ValueError(
                 "GroupMatMul takes symmetric codes of 4 or 8 bits in blocks of 16, 32 or 64, not "
-                f"{'symmetric' if self.zero_points is None else 'asymmetric'} ones of {self.bits} "
-                f"bits in blocks of {self.block}"
+                f"{'symmetric' if is_symmetric else 'asymmetric'} ones of {self.bits} bits in "
+                f"blocks of {self.block}"
             )
 
     def forward(self, x: Tensor) -> Tensor:

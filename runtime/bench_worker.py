@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bivlm_edge.errors import BivlmError, RequestError
+from bivlm_edge.memory import keep_no_freed_memory
 from bivlm_edge.runtime.answer import Answerer
 from bivlm_edge.runtime.generate import run_step
 from bivlm_edge.runtime.idle import wait_until_idle
 from bivlm_edge.runtime.kv_cache import KvCache
 from bivlm_edge.runtime.operator_profile import Stage, operator_profile
-from bivlm_edge.runtime.process_memory import keep_no_freed_memory, memory_bytes
+from bivlm_edge.runtime.process_memory import memory_bytes
 from bivlm_edge.runtime.providers import CPU
 from bivlm_edge.runtime.sampling import greedy
 from bivlm_edge.runtime.session import VlmSession, load

@@ -1,14 +1,11 @@
-"""Memory of this process: what Linux counts, and what malloc holds back of it."""
+"""Memory of this process as Linux counts it."""
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _SMAPS_ROLLUP = Path("/proc/self/smaps_rollup")
-_M_TRIM_THRESHOLD = -1  # malloc.h
-_TRIM_BYTES = 128 << 10  # glibc's own threshold, before it adapts
 
 
 def memory_bytes() -> dict[str, int]:
@@ -30,15 +27,3 @@ def memory_bytes() -> dict[str, int]:
             if name in wanted:
                 found[wanted[name]] = int(value.split()[0]) * 1024
     return found
-
-
-def keep_no_freed_memory() -> None:
-    """Have malloc give freed memory back to the system for as long as this process lives.
-
-    With every large block that is freed glibc raises, up to 64 MiB, what it keeps for later: after
-    a picture of 16 MiB was resized, 15 to 40 MiB at the peak of the run behind it. A threshold of
-    one's own ends that. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)

@@ -23,9 +23,9 @@ from bivlm_edge.cli.common import (
 )
 from bivlm_edge.datasets import DATA_SETS, VqaItem, load_questions
 from bivlm_edge.errors import RequestError
+from bivlm_edge.memory import keep_no_freed_memory
 from bivlm_edge.runtime import Answerer, load
 from bivlm_edge.runtime.evaluate import Evaluation, Score, evaluate
-from bivlm_edge.runtime.process_memory import keep_no_freed_memory
 from bivlm_edge.runtime.providers import CPU
 
 DATA_HELP = f"{', '.join(DATA_SETS)}, or a file of JSON lines with image, question and answer."

@@ -22,8 +22,8 @@ from bivlm_edge.cli.common import (
 )
 from bivlm_edge.errors import RequestError
 from bivlm_edge.files import write_bytes
+from bivlm_edge.memory import keep_no_freed_memory
 from bivlm_edge.runtime import Answerer, load, top_p_sampler
-from bivlm_edge.runtime.process_memory import keep_no_freed_memory
 from bivlm_edge.runtime.providers import CPU
 from bivlm_edge.runtime.token_picture import token_picture
 

@@ -128,7 +128,7 @@ void CheckArguments(const Arguments& arguments) {
   }
 }
 
-// As runtime/process_memory.py: glibc would keep freed memory, the more the larger the blocks.
+// As bivlm_edge/memory.py: glibc would keep freed memory, the more the larger the blocks.
 void KeepNoFreedMemory() {
 #ifdef __GLIBC__
   mallopt(M_TRIM_THRESHOLD, 128 << 10);

@@ -39,7 +39,8 @@ import sys
 import numpy as np
 from bivlm_edge.runtime import KvCache, load
 from bivlm_edge.runtime.generate import run_step
-from bivlm_edge.runtime.process_memory import memory_bytes, keep_no_freed_memory
+from bivlm_edge.memory import keep_no_freed_memory
+from bivlm_edge.runtime.process_memory import memory_bytes
 
 keep_no_freed_memory()
 session = load(sys.argv[1], threads=1)
@@ -54,7 +55,8 @@ print(memory_bytes()["rss_anon"] - before - cache.used_bytes)
 FREED = """
 import sys
 import numpy as np
-from bivlm_edge.runtime.process_memory import memory_bytes, keep_no_freed_memory
+from bivlm_edge.memory import keep_no_freed_memory
+from bivlm_edge.runtime.process_memory import memory_bytes
 
 if sys.argv[1] == "none":
     keep_no_freed_memory()
